@@ -1,0 +1,99 @@
+// policy_params.h: a policy as the step reads it: plain numbers, no names to look up.
+//
+// Made from config/policies/*.yaml by the daemon, sent to clients over the control socket, copied
+// into each sequence's metadata and read by the refresh on whatever device runs it.
+// Source of the method: arXiv 2510.01290 (ThinKV), reference numbers beside the fields.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "thinkv/internal/format.h"
+
+namespace thinkv {
+
+enum class Thought : uint8_t { kReasoning = 0, kExecution = 1, kTransition = 2 };
+inline constexpr uint32_t kThoughtCount = 3;
+
+enum class EvictRule : uint8_t {
+  kNone = 0,
+  kTbe = 1,  // segments step down a retention schedule on transitions and over budget
+};
+// Which tokens of a segment survive a demotion.
+enum class SelectRule : uint8_t {
+  kMedoids = 0,          // k-means on keys, nearest real token (the paper)
+  kWeightedMedoids = 1,  // the same, weighted by decayed attention
+  kAttention = 2,        // the highest decayed attention
+  kRecent = 3,           // the newest of the segment
+};
+enum class SelectGrain : uint8_t { kKvHead = 0, kLayer = 1 };
+// When every closed segment is at the last step of the schedule and the budget is still exceeded.
+enum class FloorRule : uint8_t {
+  kSoft = 0,   // stay above the budget and count it
+  kMerge = 1,  // the two oldest segments become one
+};
+enum class DemoteOrder : uint8_t { kImportance = 0, kOldest = 1 };
+
+inline constexpr uint32_t kScheduleMax = 8;
+inline constexpr uint32_t kLabelLayersMax = 16;
+inline constexpr uint32_t kPolicyNameMax = 48;
+
+// Trivially copyable, no padding that carries data, same bytes in every process of one protocol.
+struct PolicyParams {
+  char name[kPolicyNameMax] = {};        // zero-terminated
+  // Formats. kF16 in a policy means "16 bits": the model's value type decides fp16 or bf16.
+  Format prompt_format = Format::kK4V4;
+  Format sink_format = Format::kK4V4;    // of the first sink_tokens of the prompt
+  Format thought_format[kThoughtCount] = {Format::kK4V4, Format::kK4V4, Format::kK4V4};
+  uint8_t rotate = 1;                    // randomised Hadamard on K, V, q
+  EvictRule evict = EvictRule::kNone;
+  SelectRule select = SelectRule::kMedoids;
+  SelectGrain grain = SelectGrain::kKvHead;
+  FloorRule floor_rule = FloorRule::kSoft;
+  DemoteOrder order = DemoteOrder::kImportance;
+  uint8_t demote_on_transition = 1;
+  uint8_t schedule_length = 0;           // 0: nothing is ever demoted
+  uint8_t label_layer_count = 0;         // 0: one class, everything is kReasoning
+  uint8_t score_reduce = 0;              // kernels::GqaReduce of the emitted probabilities
+  uint16_t score_every = 1;              // steps between two emissions
+  uint32_t sink_tokens = 0;              // first tokens of the prompt kept in sink_format
+  uint32_t segment_tokens = 128;         // tau (paper: 128)
+  uint32_t budget_tokens = 0;            // k: generated live tokens of a lane; 0: no budget
+  uint16_t schedule[kScheduleMax] = {};  // paper: 64, 32, 16, 8, 4
+  uint16_t label_layers[kLabelLayersMax] = {};
+  float thresholds[2] = {0.0f, 0.0f};    // sparsity: < [0] execution, > [1] transition
+  float near_zero = 0.01f;               // share of the row maximum
+  float score_decay = 0.97f;             // of accumulated attention, per 16 tokens
+  uint32_t kmeans_iterations = 4;
+  uint32_t reserved[11] = {};
+};
+static_assert(std::is_trivially_copyable_v<PolicyParams>);
+static_assert(sizeof(PolicyParams) == 192);
+
+// What the core and the step both rely on. Requires nothing: any bytes may be checked.
+[[nodiscard]] constexpr bool policy_params_valid(const PolicyParams& p) {
+  bool ok = p.name[kPolicyNameMax - 1] == '\0' && p.name[0] != '\0';
+  ok = ok && format_valid(static_cast<uint8_t>(p.prompt_format));
+  ok = ok && format_valid(static_cast<uint8_t>(p.sink_format));
+  for (const Format f : p.thought_format) ok = ok && format_valid(static_cast<uint8_t>(f));
+  ok = ok && p.rotate <= 1 && static_cast<uint8_t>(p.evict) <= 1;
+  ok = ok && static_cast<uint8_t>(p.select) <= 3 && static_cast<uint8_t>(p.grain) <= 1;
+  ok = ok && static_cast<uint8_t>(p.floor_rule) <= 1 && static_cast<uint8_t>(p.order) <= 1;
+  ok = ok && p.demote_on_transition <= 1 && p.score_reduce <= 2 && p.score_every >= 1;
+  ok = ok && p.schedule_length <= kScheduleMax && p.label_layer_count <= kLabelLayersMax;
+  // Flushes of 16 must not straddle two labels; medoids hold one segment in memory.
+  ok = ok && p.segment_tokens >= 16 && p.segment_tokens <= 1024 && p.segment_tokens % 16 == 0;
+  if (!ok) return false;
+  for (uint32_t i = 0; i < p.schedule_length; ++i) {
+    const uint32_t before = i == 0 ? p.segment_tokens : p.schedule[i - 1];
+    // Evict to a floor, never to zero: a removed segment makes models loop (paper, ablation).
+    if (p.schedule[i] == 0 || p.schedule[i] >= before) return false;
+  }
+  if (p.evict == EvictRule::kTbe && p.schedule_length == 0) return false;
+  if (!(p.near_zero > 0.0f && p.near_zero < 1.0f)) return false;
+  if (!(p.score_decay > 0.0f && p.score_decay <= 1.0f)) return false;
+  if (p.label_layer_count > 0 && !(p.thresholds[0] <= p.thresholds[1])) return false;
+  return p.kmeans_iterations >= 1 && p.kmeans_iterations <= 16;
+}
+
+}  // namespace thinkv

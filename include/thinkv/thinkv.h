@@ -1,0 +1,251 @@
+/* thinkv.h: the C ABI of libthinkv: KV cache pages from the thinkvd pool, for inference engines.
+ *
+ * Conventions
+ *  1. Every function that can fail returns thinkv_status (int32): 0 is success. The values are
+ *     frozen and say what the caller does about it. Nothing aborts, throws or sets errno.
+ *  2. Results come through out-pointers, written only on success.
+ *  3. `error` is optional (NULL) and caller-owned; set struct_size with THINKV_ERROR_INIT. It gets
+ *     a sentence for a person, with the numbers in it.
+ *  4. Option structs begin with struct_size and are made by their *_INIT macro; fields added later
+ *     read as zero for callers built earlier. Reserved fields must be zero.
+ *  5. Handles are opaque. Closing a parent closes its children (client > model > sequence, step).
+ *     A closed handle answers THINKV_STALE; it is never a crash. Closing NULL does nothing.
+ *  6. Tensors are dense, row-major, in host memory for the host backend; the shape is given beside
+ *     each parameter. fp32 and the two 16-bit types are accepted as input; outputs are fp32.
+ *  7. Threads: a client and its models may be used from any thread. Calls on one sequence or one
+ *     step must not overlap; different sequences may run on different threads.
+ *  8. Keys are passed AFTER rotary embedding; positions are counted by the library.
+ *  9. A forked child must open its own client; inherited handles answer THINKV_STALE there.
+ *
+ * The life of a sequence: open; prefill every layer once, prefill_end; then for each token
+ * step_begin, for each layer append and attend, step_end; close. A step that cannot get its pages
+ * fails in step_begin, before anything has changed.
+ */
+#ifndef THINKV_THINKV_H_
+#define THINKV_THINKV_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define THINKV_API __attribute__((visibility("default")))
+#else
+#define THINKV_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef int32_t thinkv_status;
+#define THINKV_OK 0
+#define THINKV_INVALID_ARGUMENT 1 /* fix the call */
+#define THINKV_EXHAUSTED 2        /* no page left in the pool: evict, close, or retry later */
+#define THINKV_QUOTA_EXCEEDED 3   /* the tenant's limit: close sequences or raise the limit */
+#define THINKV_NOT_FOUND 4        /* no such policy */
+#define THINKV_STALE 5            /* closed handle, forked child, or the daemon restarted */
+#define THINKV_UNAVAILABLE 6      /* no daemon: start it, then open a new client */
+#define THINKV_VERSION_MISMATCH 7 /* upgrade the library or the daemon */
+#define THINKV_PERMISSION 8
+#define THINKV_UNSUPPORTED 9      /* valid, but not possible here */
+#define THINKV_DEVICE_FAILED 10
+#define THINKV_INTERNAL 11        /* a defect of ours: please report */
+
+typedef struct thinkv_client thinkv_client;
+typedef struct thinkv_model thinkv_model;
+typedef struct thinkv_sequence thinkv_sequence;
+typedef struct thinkv_step thinkv_step;
+
+typedef struct thinkv_error {
+  uint32_t struct_size;
+  thinkv_status code;
+  int32_t os_error; /* errno or CUresult, 0 if none */
+  uint32_t reserved;
+  char text[240];   /* zero-terminated */
+} thinkv_error;
+#define THINKV_ERROR_INIT {sizeof(thinkv_error), 0, 0, 0, {0}}
+
+/* ---- tensors ---- */
+
+#define THINKV_FLOAT32 0u
+#define THINKV_FLOAT16 1u
+#define THINKV_BFLOAT16 2u
+
+typedef struct thinkv_tensor {
+  const void* data;
+  uint32_t dtype;   /* THINKV_FLOAT32, ... */
+  uint32_t ndim;    /* 1..4 */
+  int64_t shape[4]; /* dense, row-major */
+} thinkv_tensor;
+
+typedef struct thinkv_output {
+  void* data;
+  uint32_t dtype;   /* THINKV_FLOAT32 */
+  uint32_t ndim;
+  int64_t shape[4];
+} thinkv_output;
+
+/* ---- client ---- */
+
+typedef struct thinkv_client_options {
+  uint32_t struct_size;
+  uint32_t threads;        /* CPU kernels: 0 chooses, 1 runs everything in the calling thread */
+  const char* socket_path; /* NULL: $THINKV_SOCKET, else the per-user, else the system socket */
+  const char* client_name; /* NULL: $THINKV_CLIENT_NAME, else the program's name */
+  uint32_t timeout_ms;     /* of a round trip to the daemon; 0: 10,000 */
+  uint32_t reserved[7];
+} thinkv_client_options;
+#define THINKV_CLIENT_OPTIONS_INIT {sizeof(thinkv_client_options), 0, 0, 0, 0, {0}}
+
+/* Connects. Errors: UNAVAILABLE, VERSION_MISMATCH, PERMISSION, EXHAUSTED (too many clients). */
+THINKV_API thinkv_status thinkv_client_open(const thinkv_client_options* options,
+                                            thinkv_client** client, thinkv_error* error);
+/* Closes everything that was opened through it and returns all pages. */
+THINKV_API void thinkv_client_close(thinkv_client* client);
+
+typedef struct thinkv_pool_stats {
+  uint32_t struct_size;
+  uint32_t reserved0;
+  char backend[16];            /* "host" | "cuda" */
+  uint64_t pool_bytes;
+  uint64_t pool_free_bytes;
+  uint64_t tenant_used_bytes;  /* pages granted to this tenant, leases included */
+  uint64_t tenant_limit_bytes;
+  uint64_t client_granted_bytes;
+  uint64_t client_leased_bytes; /* granted, not yet used by a sequence */
+  uint64_t reserved[8];
+} thinkv_pool_stats;
+/* One round trip. Requires stats->struct_size. */
+THINKV_API thinkv_status thinkv_client_pool_stats(thinkv_client* client, thinkv_pool_stats* stats,
+                                                  thinkv_error* error);
+/* The daemon's status as JSON text (what `thinkvctl status --json` prints). *json is released by
+ * thinkv_string_free. */
+THINKV_API thinkv_status thinkv_client_status_json(thinkv_client* client, char** json,
+                                                   thinkv_error* error);
+THINKV_API void thinkv_string_free(char* text);
+/* One empty round trip through the rings, for latency measurements and liveness. */
+THINKV_API thinkv_status thinkv_client_ping(thinkv_client* client, thinkv_error* error);
+
+/* ---- model ---- */
+
+typedef struct thinkv_model_options {
+  uint32_t struct_size;
+  uint32_t layers;
+  uint32_t q_heads;    /* 1 to 16 times kv_heads */
+  uint32_t kv_heads;
+  uint32_t head_dim;   /* 64, 128 or 256 */
+  uint32_t value_type; /* of 16-bit pages: THINKV_FLOAT16 or THINKV_BFLOAT16 */
+  float softmax_scale; /* 0: 1 / sqrt(head_dim) */
+  uint32_t reserved0;
+  const char* model_name; /* for people; may be NULL */
+  uint32_t reserved[8];
+} thinkv_model_options;
+#define THINKV_MODEL_OPTIONS_INIT \
+  {sizeof(thinkv_model_options), 0, 0, 0, 0, THINKV_FLOAT16, 0.0f, 0, 0, {0}}
+
+THINKV_API thinkv_status thinkv_model_open(thinkv_client* client,
+                                           const thinkv_model_options* options,
+                                           thinkv_model** model, thinkv_error* error);
+THINKV_API void thinkv_model_close(thinkv_model* model);
+
+/* ---- sequence ---- */
+
+#define THINKV_BUDGET_OF_POLICY 0u
+#define THINKV_BUDGET_NONE 0xFFFFFFFFu
+#define THINKV_SEQUENCE_TRACE_SPARSITY 1u /* measure sparsity in all layers at every step */
+
+typedef struct thinkv_sequence_options {
+  uint32_t struct_size;
+  uint32_t budget_tokens;  /* generated live tokens of a lane (layer, kv head) */
+  const char* policy_name; /* NULL: "thinkv" */
+  uint32_t flags;
+  uint32_t reserved[7];
+} thinkv_sequence_options;
+#define THINKV_SEQUENCE_OPTIONS_INIT {sizeof(thinkv_sequence_options), 0, 0, 0, {0}}
+
+/* Errors: NOT_FOUND (policy; the text lists the known ones), EXHAUSTED, QUOTA_EXCEEDED. */
+THINKV_API thinkv_status thinkv_sequence_open(thinkv_model* model,
+                                              const thinkv_sequence_options* options,
+                                              thinkv_sequence** sequence, thinkv_error* error);
+THINKV_API void thinkv_sequence_close(thinkv_sequence* sequence);
+
+/* k, v: [tokens, kv_heads, head_dim], every layer once, the same number of tokens. The engine
+ * attends over its fresh K and V itself; the pool stores them. */
+THINKV_API thinkv_status thinkv_sequence_prefill(thinkv_sequence* sequence, uint32_t layer,
+                                                 const thinkv_tensor* k, const thinkv_tensor* v,
+                                                 thinkv_error* error);
+/* Ends the prompt. Requires: every layer was given. */
+THINKV_API thinkv_status thinkv_sequence_prefill_end(thinkv_sequence* sequence,
+                                                     thinkv_error* error);
+
+/* Evicts tokens by position in every lane; positions that are not live or in the newest 16 are
+ * skipped. *evicted_slots counts (token, lane) pairs and may be NULL. */
+THINKV_API thinkv_status thinkv_sequence_evict(thinkv_sequence* sequence,
+                                               const uint32_t* positions, size_t count,
+                                               uint64_t* evicted_slots, thinkv_error* error);
+/* Recodes the live tokens first..last (inclusive) to another format ("k4v2"), in every lane. */
+THINKV_API thinkv_status thinkv_sequence_quantize(thinkv_sequence* sequence, uint32_t first,
+                                                  uint32_t last, const char* format,
+                                                  uint64_t* recoded_slots, thinkv_error* error);
+THINKV_API thinkv_status thinkv_sequence_set_budget(thinkv_sequence* sequence,
+                                                    uint32_t budget_tokens, thinkv_error* error);
+
+typedef struct thinkv_sequence_stats {
+  uint32_t struct_size;
+  uint32_t lanes;
+  uint64_t tokens;          /* positions so far, prompt included */
+  uint64_t prompt_tokens;
+  uint64_t live_slots;      /* over all lanes; live tokens = live_slots / lanes */
+  uint64_t live_tokens_max; /* of one lane */
+  uint64_t pages;           /* K/V pages */
+  uint64_t page_bytes;
+  uint64_t metadata_bytes;
+  uint64_t bytes_held;      /* pages and metadata, whole pages */
+  uint64_t bytes_f16;       /* what a 16-bit cache of the same tokens takes */
+  uint64_t evicted_slots;
+  uint64_t reused_slots;    /* new tokens written into evicted slots */
+  uint64_t gathered_bytes;  /* moved for compaction: always 0 */
+  uint64_t recoded_slots;
+  uint64_t demotions;       /* of segments */
+  uint64_t over_budget_steps;
+  uint64_t thoughts[3];     /* segments: reasoning, execution, transition */
+  uint64_t budget_tokens;   /* 0: none */
+  uint64_t reserved[6];
+} thinkv_sequence_stats;
+/* Local, no round trip. Requires stats->struct_size. */
+THINKV_API thinkv_status thinkv_sequence_get_stats(thinkv_sequence* sequence,
+                                                   thinkv_sequence_stats* stats,
+                                                   thinkv_error* error);
+/* sparsity [layers] fp32 of the last step; NaN where the layer was not measured. */
+THINKV_API thinkv_status thinkv_sequence_sparsity(thinkv_sequence* sequence,
+                                                  const thinkv_output* sparsity,
+                                                  thinkv_error* error);
+
+/* ---- decode step over a batch ---- */
+
+/* Takes one token of each sequence. Reserves all pages that the step can need; on error nothing
+ * has changed. Every sequence belongs to `model` and is in no other step. */
+THINKV_API thinkv_status thinkv_step_begin(thinkv_model* model, thinkv_sequence* const* sequences,
+                                           uint32_t count, thinkv_step** step,
+                                           thinkv_error* error);
+/* k, v: [batch, kv_heads, head_dim]; each layer once. */
+THINKV_API thinkv_status thinkv_step_append(thinkv_step* step, uint32_t layer,
+                                            const thinkv_tensor* k, const thinkv_tensor* v,
+                                            thinkv_error* error);
+/* q: [batch, q_heads, head_dim]; out: the same shape; lse: [batch, q_heads] or NULL, natural log.
+ * Requires: this layer was appended. */
+THINKV_API thinkv_status thinkv_step_attend(thinkv_step* step, uint32_t layer,
+                                            const thinkv_tensor* q, const thinkv_output* out,
+                                            const thinkv_output* lse, thinkv_error* error);
+/* Labels, budget, evictions; frees the step in any case. Requires: every layer was appended. */
+THINKV_API thinkv_status thinkv_step_end(thinkv_step* step, thinkv_error* error);
+
+/* ---- about ---- */
+
+THINKV_API const char* thinkv_version(void);             /* "0.1.0" */
+THINKV_API const char* thinkv_status_name(thinkv_status status);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* THINKV_THINKV_H_ */
