@@ -10,6 +10,7 @@
  *     read as zero for callers built earlier. Reserved fields must be zero.
  *  5. Handles are opaque. Closing a parent closes its children (client > model > sequence, step).
  *     A closed handle answers THINKV_STALE; it is never a crash. Closing NULL does nothing.
+ *     Closing a sequence cancels the step that it is in.
  *  6. Tensors are dense, row-major, in host memory for the host backend; the shape is given beside
  *     each parameter. fp32 and the two 16-bit types are accepted as input; outputs are fp32.
  *  7. Threads: a client and its models may be used from any thread. Calls on one sequence or one
@@ -239,6 +240,8 @@ THINKV_API thinkv_status thinkv_step_attend(thinkv_step* step, uint32_t layer,
                                             const thinkv_output* lse, thinkv_error* error);
 /* Labels, budget, evictions; frees the step in any case. Requires: every layer was appended. */
 THINKV_API thinkv_status thinkv_step_end(thinkv_step* step, thinkv_error* error);
+/* Takes the step back, whatever was appended in it, and frees it: its sequences are as before. */
+THINKV_API void thinkv_step_cancel(thinkv_step* step);
 
 /* ---- about ---- */
 

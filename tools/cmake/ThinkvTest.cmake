@@ -8,7 +8,7 @@ set(THINKV_TEST_ENV
 
 # thinkv_test(NAME <exe> SOURCES <files> [LIBS <targets>] [LABELS unit|property|...]
 #             [ENV VAR=value...] [TIMEOUT <seconds>] [NO_MAIN] [WHOLE] [SERIAL])
-# A GoogleTest program; each of its cases becomes one ctest case (a GTEST_SKIP is counted as skipped).
+# A GoogleTest program; each of its cases becomes one ctest case (GTEST_SKIP counts as skipped).
 #   NO_MAIN  the sources define main()
 #   WHOLE    one ctest case for the whole program (shared expensive fixture, or not GoogleTest)
 #   SERIAL   never beside another test
@@ -41,6 +41,9 @@ function(thinkv_test)
   set_target_properties(${arg_NAME} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests"
     BUILD_RPATH "$ORIGIN/../lib")
+  if("tsan" IN_LIST arg_LABELS)
+    add_dependencies(thinkv_tsan_tests ${arg_NAME})
+  endif()
 
   set(environment ${THINKV_TEST_ENV} "THINKV_BIN_DIR=${CMAKE_BINARY_DIR}/bin"
     "THINKV_LIB_DIR=${CMAKE_BINARY_DIR}/lib" "THINKV_SOURCE_DIR=${CMAKE_SOURCE_DIR}" ${arg_ENV})
@@ -61,8 +64,9 @@ function(thinkv_test)
   set(properties "${CMAKE_CURRENT_BINARY_DIR}/${arg_NAME}_properties.cmake")
   file(WRITE "${properties}"
 "if(${arg_NAME}_cases)
-  set_tests_properties(\${${arg_NAME}_cases} PROPERTIES LABELS \"${arg_LABELS}\" TIMEOUT ${arg_TIMEOUT}
-    ENVIRONMENT \"${environment}\" RUN_SERIAL ${serial})
+  set_tests_properties(\${${arg_NAME}_cases} PROPERTIES
+    LABELS \"${arg_LABELS}\" TIMEOUT ${arg_TIMEOUT} RUN_SERIAL ${serial}
+    ENVIRONMENT \"${environment}\")
 endif()
 ")
   set_property(DIRECTORY APPEND PROPERTY TEST_INCLUDE_FILES "${properties}")
@@ -83,8 +87,11 @@ function(thinkv_script_test)
     set(arg_WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}")
   endif()
   add_test(NAME ${arg_NAME} COMMAND ${arg_COMMAND} WORKING_DIRECTORY "${arg_WORKING_DIRECTORY}")
+  set(environment ${THINKV_TEST_ENV} "THINKV_BIN_DIR=${CMAKE_BINARY_DIR}/bin"
+    "THINKV_LIB_DIR=${CMAKE_BINARY_DIR}/lib" "THINKV_SOURCE_DIR=${CMAKE_SOURCE_DIR}"
+    "PYTHONDONTWRITEBYTECODE=1" ${arg_ENV})
   set_tests_properties(${arg_NAME} PROPERTIES LABELS "${arg_LABELS}" TIMEOUT ${arg_TIMEOUT}
-    SKIP_RETURN_CODE 77 ENVIRONMENT "THINKV_BIN_DIR=${CMAKE_BINARY_DIR}/bin;THINKV_LIB_DIR=${CMAKE_BINARY_DIR}/lib;THINKV_SOURCE_DIR=${CMAKE_SOURCE_DIR};PYTHONDONTWRITEBYTECODE=1;${arg_ENV}")
+    SKIP_RETURN_CODE 77 ENVIRONMENT "${environment}")
   if(arg_SERIAL)
     set_tests_properties(${arg_NAME} PROPERTIES RUN_SERIAL TRUE)
   endif()
@@ -102,6 +109,7 @@ function(thinkv_fuzzer)
   if(THINKV_FUZZ)
     add_executable(${arg_NAME} ${arg_SOURCES})
     target_link_options(${arg_NAME} PRIVATE -fsanitize=fuzzer)
+    add_dependencies(thinkv_fuzzers ${arg_NAME})
     if(arg_CORPUS)
       file(MAKE_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
       file(CREATE_LINK "${CMAKE_CURRENT_SOURCE_DIR}/${arg_CORPUS}"

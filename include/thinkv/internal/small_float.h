@@ -1,7 +1,8 @@
 // small_float.h: fp16, bf16, e4m3 and e2m1 as bits, rounded to nearest even.
 //
 // constexpr and bit-exact with the hardware conversions (F16C, cvt.rn, cvt.rn.satfinite), so the
-// CPU oracle, the fast host path and the GPU write the same bytes.
+// CPU oracle, the fast host path and the GPU write the same bytes. NaN apart: machines
+// differ in it; here it is quiet with the sign of the input, and only bf16 keeps a payload.
 #pragma once
 
 #include <bit>
