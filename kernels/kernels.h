@@ -18,7 +18,7 @@ namespace thinkv::kernels {
 // Vectors are rows of head_dim fp32 values, row after row.
 
 struct EncodeParams {
-  std::byte* page;                 // page_bytes(head_dim), 16-byte aligned
+  std::byte* page;  // page_bytes(head_dim), 16-byte aligned
   Format format;
   uint32_t head_dim;
   std::span<const uint8_t> slots;  // [n] where each row goes; each < layout.slots, distinct
@@ -57,15 +57,17 @@ struct SparsityCount {
   uint32_t near_zero = 0;
 };
 
+inline constexpr uint32_t kGroupMax = 16;
+
 // Decode attention of the query heads of one kv head over one lane.
 struct AttendParams {
   std::span<const PageView> pages;
   uint32_t head_dim;
-  uint32_t group;            // query heads per kv head, 1..16
-  const float* q;            // [group, head_dim], rotated where K is; not scaled
+  uint32_t group;  // query heads per kv head, 1..kGroupMax
+  const float* q;  // [group, head_dim], rotated where K is; not scaled
   float softmax_scale;
-  float* out;                // [group, head_dim]; 0 where nothing is live
-  float* lse;                // [group] natural log of the sum of exp; -inf where nothing is live
+  float* out;  // [group, head_dim]; 0 where nothing is live
+  float* lse;  // [group] natural log of the sum of exp; -inf where nothing is live
   // Sliding window: a slot counts if position + window > query_position, or position < sinks.
   // window 0: no window.
   uint32_t window = 0;
@@ -83,15 +85,21 @@ struct AttendParams {
 // centre; picks are distinct, greedy by cluster, ties to the lower row.
 // With weights, centres are weighted means and the pick minimises distance / weight.
 struct MedoidParams {
-  const float* keys;       // [n, dim]
-  const float* weights;    // [n] > 0, or null
+  const float* keys;     // [n, dim]
+  const float* weights;  // [n] > 0, or null
   uint32_t n;
   uint32_t dim;
-  uint32_t target;         // 1..n
+  uint32_t target;  // 1..n
   uint32_t iterations = 4;
-  uint8_t* keep;           // [n] out: 1 for exactly `target` rows
+  uint8_t* keep;  // [n] out: 1 for exactly `target` rows
 };
 inline constexpr uint32_t kMedoidRowsMax = 1024;
+
+// The row that starts cluster j: the middle of the j-th of `target` equal runs of rows. Distinct
+// for distinct j, because target <= n.
+[[nodiscard]] constexpr uint32_t medoid_start_row(uint32_t j, uint32_t n, uint32_t target) {
+  return (2 * j + 1) * n / (2 * target);
+}
 
 // One implementation of all kernels.
 struct KernelSet {
