@@ -1,0 +1,136 @@
+// sequence_format.h: where every byte of a sequence's metadata lies.
+//
+// A sequence is a tree of pool pages that starts at its root page:
+//
+//   root page = meta page: [ MetaPageHeader | SequenceHeader | blocks ... ]
+//     SequenceHeader.lanes    -> LaneHeader [layers x kv_heads], lane = layer * kv_heads + kv head
+//     SequenceHeader.segments -> policy::Segment [], oldest first, the last one is open
+//   LaneHeader.pages          -> PageDescriptor [], in no order
+//     PageDescriptor.page     -> K/V page (page_format.h)
+//     PageDescriptor.score_*  -> fp16 [slots], decayed attention, where the policy scores
+//   LaneHeader.buffer_page    -> two 16-bit K/V pages of 8 slots: the newest tokens
+//
+// A meta page is cut into granules of 64 bytes; granule 0 is its header, the others are handed out
+// as blocks of neighbouring granules. A vector (VectorHeader) is one block of 2^n granules; where
+// that is no longer enough it is a directory block of page ids (2^n granules, u32 each) whose
+// pages are tables from their first byte to their last whole element.
+// Little-endian, no pointers: page ids and offsets only. Reserved bytes are zero.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/policy/segments.h"
+#include "thinkv/internal/page_format.h"
+#include "thinkv/internal/policy_params.h"
+#include "thinkv/internal/units.h"
+
+namespace thinkv::kernels {
+
+inline constexpr uint32_t kSequenceMagic = 0x53564B54;  // "TKVS"
+inline constexpr uint32_t kMetaPageMagic = 0x4D564B54;  // "TKVM"
+inline constexpr uint32_t kSequenceLayoutVersion = 1;
+inline constexpr uint32_t kGranuleBytes = 64;
+inline constexpr uint32_t kBufferPages = 2;
+inline constexpr uint32_t kBufferPageSlots = 8;
+
+struct BlockRef {
+  uint32_t page;     // PageId::raw; kNoneRaw: no block
+  uint32_t granule;  // 1 ..
+};
+
+struct MetaPageHeader {
+  uint32_t magic;
+  uint32_t next;           // PageId::raw of the next meta page, or none
+  uint32_t used_granules;  // this header included
+  uint32_t total_pages;    // root page only: meta and table pages of the whole sequence
+  uint64_t used[3];        // bit g: granule g is taken
+  uint8_t reserved[24];
+};
+static_assert(sizeof(MetaPageHeader) == kGranuleBytes);
+static_assert(page_bytes(256) / kGranuleBytes <= 64 * 3);
+
+struct VectorHeader {
+  BlockRef block;
+  uint32_t size;      // elements
+  uint32_t capacity;  // elements; above one block's worth the block is a directory
+};
+static_assert(sizeof(VectorHeader) == 16);
+
+struct PageDescriptor {
+  uint64_t live;        // bit s: slot s holds a token that attention sees
+  uint32_t page;        // PageId::raw
+  uint32_t score_page;  // BlockRef of the scores; kNoneRaw where the policy has none
+  uint8_t format;       // Format
+  uint8_t score_granule;
+  uint8_t filled;  // slots ever written are 0 .. filled - 1
+  uint8_t reserved0;
+  uint32_t first_position;  // bounds of the positions of live slots; may be wider than needed
+  uint32_t last_position;
+  uint32_t reserved1;
+};
+static_assert(sizeof(PageDescriptor) == 32 && offsetof(PageDescriptor, format) == 16);
+static_assert(offsetof(PageDescriptor, first_position) == 20);
+static_assert(page_bytes(256) / kGranuleBytes <= 256, "score_granule is 8 bits");
+
+struct LaneHeader {
+  VectorHeader pages;                  // PageDescriptor
+  uint32_t buffer_page[kBufferPages];  // PageId::raw; none before the first token
+  uint32_t live;                       // slots that attention sees, buffer included
+  uint32_t live_prompt;                // of them, tokens of the prompt
+  uint32_t free_slots[kFormatCount];   // in this lane's pages of that format: all not live
+  uint16_t buffer_score[16];           // fp16
+  uint8_t buffer_count;                // tokens in the buffer, 0..16
+  uint8_t reserved[23];
+};
+static_assert(sizeof(LaneHeader) == 128 && offsetof(LaneHeader, buffer_score) == 72);
+static_assert(offsetof(LaneHeader, buffer_count) == 104);
+
+struct SequenceCounters {
+  uint64_t evicted_slots;
+  uint64_t reused_slots;
+  uint64_t recoded_slots;
+  uint64_t recoded_bytes;
+  uint64_t demotions;
+  uint64_t merges;
+  uint64_t over_budget_steps;
+  uint64_t refreshes;
+  uint64_t steps;
+  uint64_t segments[kThoughtCount];
+};
+
+struct SequenceHeader {
+  uint32_t magic;
+  uint32_t version;
+  // Geometry, as in ModelGeometry.
+  uint32_t layers;
+  uint32_t q_heads;
+  uint32_t kv_heads;
+  uint32_t head_dim;
+  uint32_t value_type;
+  float softmax_scale;
+  uint32_t tokens;  // positions so far
+  uint32_t prompt_tokens;
+  uint32_t budget_tokens;   // 0: none
+  uint32_t trace_sparsity;  // 0 or 1
+  uint64_t data_pages;      // K/V pages, buffers included
+  uint64_t reserved0;
+  VectorHeader lanes;
+  VectorHeader segments;
+  SequenceCounters counters;
+  PolicyParams policy;
+  uint8_t reserved1[64];
+};
+static_assert(offsetof(SequenceHeader, lanes) == 64);
+static_assert(offsetof(SequenceHeader, counters) == 96);
+static_assert(offsetof(SequenceHeader, policy) == 192);
+static_assert(sizeof(SequenceHeader) == 448 && sizeof(SequenceHeader) % kGranuleBytes == 0);
+inline constexpr uint32_t kSequenceHeaderGranules = sizeof(SequenceHeader) / kGranuleBytes;
+inline constexpr uint32_t kSequenceHeaderGranule = 1;  // first block of the root page
+
+static_assert(std::is_trivially_copyable_v<PageDescriptor> &&
+              std::is_trivially_copyable_v<LaneHeader> &&
+              std::is_trivially_copyable_v<SequenceHeader>);
+
+}  // namespace thinkv::kernels

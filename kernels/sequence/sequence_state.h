@@ -1,0 +1,101 @@
+// sequence_state.h: the view that a Sequence has of its pages, and the working memory of a step.
+//
+// Everything that must outlive the process is behind `header`; all else is made again from it.
+// Internal to this folder, and open to tests and tools that look at lanes.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/sequence/buffer.h"
+#include "kernels/sequence/lane.h"
+#include "kernels/sequence/sequence.h"
+#include "kernels/sequence/sequence_format.h"
+#include "kernels/sequence/shared_vector.h"
+
+namespace thinkv::kernels {
+
+using SegmentTable = SharedVector<policy::Segment>;
+
+class SequenceState {
+ public:
+  enum class Phase : uint8_t { kIdle, kPrompt, kStep };
+
+  SequenceState(PageSource& source, const KernelSet& kernel_set, const ModelGeometry& shape);
+  SequenceState(const SequenceState&) = delete;  // `store` points into the object
+  SequenceState& operator=(const SequenceState&) = delete;
+
+  // New metadata. On error no page is held. Errors: those of PageSource::reserve.
+  [[nodiscard]] Status create(const PolicyParams& policy, const SequenceOptions& options);
+  // Result: false where the pages do not fit together.
+  [[nodiscard]] bool adopt(PageId root);
+  void destroy();
+
+  [[nodiscard]] SegmentTable segments() const { return {header->segments, *store.heap}; }
+  [[nodiscard]] Lane lane(uint32_t index) const { return {store, *lanes[index]}; }
+  [[nodiscard]] uint32_t lane_index(uint32_t layer, uint32_t kv_head) const {
+    return layer * geometry.kv_heads + kv_head;
+  }
+  [[nodiscard]] const PolicyParams& policy() const { return header->policy; }
+  // A policy's kF16 and kBf16 are the model's 16-bit type.
+  [[nodiscard]] Format resolve(Format format) const {
+    return is_16bit(format) ? store.wide : format;
+  }
+  [[nodiscard]] FlushFormats flush_formats() const;
+  [[nodiscard]] FlushScratch flush_scratch() { return {k_rows.data(), v_rows.data()}; }
+  // Generated live tokens of the fullest lane: what the budget bounds.
+  [[nodiscard]] uint32_t generated_live() const;
+  // The budget in force; 0: none.
+  [[nodiscard]] uint32_t budget() const;
+
+  Pages pages;
+  MetaHeap heap;
+  const KernelSet& kernels;
+  ModelGeometry geometry;
+  float softmax_scale;
+  LaneStore store;
+  SequenceHeader* header = nullptr;
+  std::vector<LaneHeader*> lanes;
+
+  // The step or prompt in progress.
+  Phase phase = Phase::kIdle;
+  bool closing = false;   // this step completes the open segment
+  bool emitting = false;  // this step accumulates scores
+  uint32_t prompt_tokens = 0;
+  std::vector<uint8_t> layer_given;    // appended in this step, or prefilled
+  std::vector<uint8_t> lane_attended;  // in this step
+  std::vector<SparsityCount> lane_sparsity;
+  std::vector<float> layer_sparsity;  // of the last finished step
+  std::vector<uint8_t> label_layer;   // the refresh reads this layer
+
+  // Working memory, sized once.
+  std::vector<float> k_rows;  // [kSlotsPerPageMax, head_dim]
+  std::vector<float> v_rows;
+  std::vector<SlotRow> rows;  // of one segment in one lane
+  std::vector<float> keys;    // [rows, dim of the selection]
+  std::vector<float> weights;
+  std::vector<uint32_t> order;
+  std::vector<uint8_t> keep;
+  AttendScratch attend_scratch;
+
+ private:
+  void create_root(const PolicyParams& policy, bool trace_sparsity);
+  void view_lanes();
+  void size_scratch();
+};
+
+// The parts of a step; see Sequence for what they do and return.
+[[nodiscard]] Status reserve_step(SequenceState& state);
+void append_layer(SequenceState& state, uint32_t layer, const float* k, const float* v);
+void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32_t lane, bool emit,
+                     const float* q, float* out, float* lse, AttendScratch& scratch);
+[[nodiscard]] Status prefill_layer(SequenceState& state, uint32_t layer, const float* k,
+                                   const float* v, uint32_t tokens);
+void finish_step(SequenceState& state);
+void undo_step(SequenceState& state);
+[[nodiscard]] uint64_t evict_positions(SequenceState& state, std::span<const uint32_t> positions);
+[[nodiscard]] Result<uint64_t> recode(SequenceState& state, uint32_t first, uint32_t end,
+                                      Format format);
+
+}  // namespace thinkv::kernels
