@@ -1,0 +1,1 @@
+"""Measurements of formats and policies on a real model, through the real code path."""
