@@ -69,8 +69,8 @@ inline thinkv_status report_error(const Error& error, thinkv_error* out) {
   out->code = code;
   out->os_error = error.os_error;
   if (out->struct_size <= offsetof(thinkv_error, text)) return code;
-  const size_t room = std::min<size_t>(out->struct_size - offsetof(thinkv_error, text),
-                                       sizeof(out->text));
+  const size_t room =
+      std::min<size_t>(out->struct_size - offsetof(thinkv_error, text), sizeof(out->text));
   const size_t bytes = std::min(std::strlen(error.what), room - 1);
   std::memcpy(out->text, error.what, bytes);
   out->text[bytes] = '\0';

@@ -17,7 +17,9 @@
 namespace thinkv::client {
 namespace {
 
-Handle to_handle(const void* pointer) { return reinterpret_cast<Handle>(pointer); }
+Handle to_handle(const void* pointer) {
+  return reinterpret_cast<Handle>(pointer);
+}
 template <class Opaque>
 Opaque* to_opaque(Handle handle) {
   return reinterpret_cast<Opaque*>(handle);  // a number, never followed: handles.h
@@ -78,8 +80,8 @@ Result<Pinned<StepObject>> pin_step(thinkv_step* step) {
 Status open_client_with(const thinkv_client_options* options, thinkv_client** client) {
   thinkv_client_options known = THINKV_CLIENT_OPTIONS_INIT;
   if (options != nullptr) {
-    THINKV_TRY(read_options("client options", *options,
-                            offsetof(thinkv_client_options, timeout_ms), known));
+    THINKV_TRY(read_options("client options", *options, offsetof(thinkv_client_options, timeout_ms),
+                            known));
     THINKV_TRY(check_reserved("client options", known.reserved));
   }
   if (known.threads > 1024) {
@@ -87,10 +89,11 @@ Status open_client_with(const thinkv_client_options* options, thinkv_client** cl
   }
   const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
   const uint32_t threads = known.threads == 0 ? std::min(cores, 4u) : known.threads;
-  const SessionOptions session{
-      .socket_path = control_socket_path(known.socket_path),
-      .client_name = client_name(known.client_name),
-      .timeout = known.timeout_ms == 0 ? std::chrono::milliseconds(10'000) : std::chrono::milliseconds(known.timeout_ms)};
+  const SessionOptions session{.socket_path = control_socket_path(known.socket_path),
+                               .client_name = client_name(known.client_name),
+                               .timeout = known.timeout_ms == 0
+                                              ? std::chrono::milliseconds(10'000)
+                                              : std::chrono::milliseconds(known.timeout_ms)};
   return open_into(client, "client", [&] { return open_client(session, threads); });
 }
 
@@ -112,8 +115,8 @@ Status open_model_with(thinkv_client* client, const thinkv_model_options* option
                        thinkv_model** model) {
   if (options == nullptr) return null_argument("model options");
   thinkv_model_options known{};
-  THINKV_TRY(read_options("model options", *options, offsetof(thinkv_model_options, value_type),
-                          known));
+  THINKV_TRY(
+      read_options("model options", *options, offsetof(thinkv_model_options, value_type), known));
   THINKV_TRY(check_reserved("model options", known.reserved));
   THINKV_TRY(check_reserved("model options", known.reserved0));
   if (known.value_type != THINKV_FLOAT16 && known.value_type != THINKV_BFLOAT16) {
@@ -133,16 +136,15 @@ Status open_model_with(thinkv_client* client, const thinkv_model_options* option
                     known.head_dim);
   }
   const std::string name = known.model_name == nullptr ? "" : known.model_name;
-  return open_into(model, "model",
-                   [&] { return open_model(to_handle(client), geometry, name); });
+  return open_into(model, "model", [&] { return open_model(to_handle(client), geometry, name); });
 }
 
 Status open_sequence_with(thinkv_model* model, const thinkv_sequence_options* options,
                           thinkv_sequence** sequence) {
   thinkv_sequence_options known = THINKV_SEQUENCE_OPTIONS_INIT;
   if (options != nullptr) {
-    THINKV_TRY(read_options("sequence options", *options,
-                            offsetof(thinkv_sequence_options, flags), known));
+    THINKV_TRY(read_options("sequence options", *options, offsetof(thinkv_sequence_options, flags),
+                            known));
     THINKV_TRY(check_reserved("sequence options", known.reserved));
   }
   if ((known.flags & ~THINKV_SEQUENCE_TRACE_SPARSITY) != 0) {
@@ -157,8 +159,7 @@ Status open_sequence_with(thinkv_model* model, const thinkv_sequence_options* op
     return describe(ErrorCode::kInvalidArgument, "a policy's name has 1 to %u bytes",
                     kPolicyNameMax - 1);
   }
-  return open_into(sequence, "sequence",
-                   [&] { return open_sequence(to_handle(model), open); });
+  return open_into(sequence, "sequence", [&] { return open_sequence(to_handle(model), open); });
 }
 
 Status prefill(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* k,
@@ -212,7 +213,8 @@ Status quantize(thinkv_sequence* sequence, uint32_t first, uint32_t last, const 
   if (!known) {
     return describe(ErrorCode::kInvalidArgument,
                     "unknown format '%.32s'; known: f16, bf16, k8v8, k8v4, k4v4, k4v2, k2v2, "
-                    "nvfp4, ternary", format);
+                    "nvfp4, ternary",
+                    format);
   }
   Result<uint64_t> recoded = pin->sequence->quantize(first, last, *known);
   pin->source->settle();
@@ -254,8 +256,7 @@ thinkv_sequence_stats to_abi(const kernels::SequenceStats& s, uint32_t lanes) {
 
 Status sequence_stats(thinkv_sequence* sequence, thinkv_sequence_stats* stats) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
-  return write_stats("sequence stats",
-                     to_abi(pin->sequence->stats(), pin->model->geometry.lanes()),
+  return write_stats("sequence stats", to_abi(pin->sequence->stats(), pin->model->geometry.lanes()),
                      offsetof(thinkv_sequence_stats, reserved), stats);
 }
 
@@ -306,129 +307,140 @@ Status attend(thinkv_step* step, uint32_t layer, const thinkv_tensor* q, const t
   return pin->attend(layer, q_data, out_data, lse_data);
 }
 
+Status status_json(thinkv_client* client, char** json) {
+  if (json == nullptr) return null_argument("json");
+  THINKV_ASSIGN_OR_RETURN(const Pinned<Client> pin, pin_client(client));
+  THINKV_ASSIGN_OR_RETURN(const std::string text, pin->session->status_json());
+  char* copy = ::strdup(text.c_str());
+  if (copy == nullptr) return make_error(ErrorCode::kInternal, "out of memory");
+  *json = copy;
+  return {};
+}
+
+Status ping(thinkv_client* client) {
+  THINKV_ASSIGN_OR_RETURN(const Pinned<Client> pin, pin_client(client));
+  return pin->session->ping();
+}
+
 }  // namespace
+}  // namespace thinkv::client
+
+// At global scope: a declaration inside a namespace would lose the header's visibility.
+namespace impl = thinkv::client;
 
 extern "C" {
 
 thinkv_status thinkv_client_open(const thinkv_client_options* options, thinkv_client** client,
                                  thinkv_error* error) {
-  return guard(error, [&] { return open_client_with(options, client); });
+  return impl::guard(error, [&] { return impl::open_client_with(options, client); });
 }
 
 void thinkv_client_close(thinkv_client* client) {
-  close_quietly([&] { close_client(to_handle(client)); });
+  impl::close_quietly([&] { impl::close_client(impl::to_handle(client)); });
 }
 
 thinkv_status thinkv_client_pool_stats(thinkv_client* client, thinkv_pool_stats* stats,
                                        thinkv_error* error) {
-  return guard(error, [&] { return pool_stats(client, stats); });
+  return impl::guard(error, [&] { return impl::pool_stats(client, stats); });
 }
 
 thinkv_status thinkv_client_status_json(thinkv_client* client, char** json, thinkv_error* error) {
-  return guard(error, [&]() -> Status {
-    if (json == nullptr) return null_argument("json");
-    THINKV_ASSIGN_OR_RETURN(const Pinned<Client> pin, pin_client(client));
-    THINKV_ASSIGN_OR_RETURN(const std::string text, pin->session->status_json());
-    char* copy = ::strdup(text.c_str());
-    if (copy == nullptr) return make_error(ErrorCode::kInternal, "out of memory");
-    *json = copy;
-    return {};
-  });
+  return impl::guard(error, [&] { return impl::status_json(client, json); });
 }
 
-void thinkv_string_free(char* text) { std::free(text); }
+void thinkv_string_free(char* text) {
+  std::free(text);
+}
 
 thinkv_status thinkv_client_ping(thinkv_client* client, thinkv_error* error) {
-  return guard(error, [&]() -> Status {
-    THINKV_ASSIGN_OR_RETURN(const Pinned<Client> pin, pin_client(client));
-    return pin->session->ping();
-  });
+  return impl::guard(error, [&] { return impl::ping(client); });
 }
 
 thinkv_status thinkv_model_open(thinkv_client* client, const thinkv_model_options* options,
                                 thinkv_model** model, thinkv_error* error) {
-  return guard(error, [&] { return open_model_with(client, options, model); });
+  return impl::guard(error, [&] { return impl::open_model_with(client, options, model); });
 }
 
 void thinkv_model_close(thinkv_model* model) {
-  close_quietly([&] { close_model(to_handle(model)); });
+  impl::close_quietly([&] { impl::close_model(impl::to_handle(model)); });
 }
 
 thinkv_status thinkv_sequence_open(thinkv_model* model, const thinkv_sequence_options* options,
                                    thinkv_sequence** sequence, thinkv_error* error) {
-  return guard(error, [&] { return open_sequence_with(model, options, sequence); });
+  return impl::guard(error, [&] { return impl::open_sequence_with(model, options, sequence); });
 }
 
 void thinkv_sequence_close(thinkv_sequence* sequence) {
-  close_quietly([&] { close_sequence(to_handle(sequence)); });
+  impl::close_quietly([&] { impl::close_sequence(impl::to_handle(sequence)); });
 }
 
 thinkv_status thinkv_sequence_prefill(thinkv_sequence* sequence, uint32_t layer,
                                       const thinkv_tensor* k, const thinkv_tensor* v,
                                       thinkv_error* error) {
-  return guard(error, [&] { return prefill(sequence, layer, k, v); });
+  return impl::guard(error, [&] { return impl::prefill(sequence, layer, k, v); });
 }
 
 thinkv_status thinkv_sequence_prefill_end(thinkv_sequence* sequence, thinkv_error* error) {
-  return guard(error, [&] { return prefill_end(sequence); });
+  return impl::guard(error, [&] { return impl::prefill_end(sequence); });
 }
 
 thinkv_status thinkv_sequence_evict(thinkv_sequence* sequence, const uint32_t* positions,
                                     size_t count, uint64_t* evicted_slots, thinkv_error* error) {
-  return guard(error, [&] { return evict(sequence, positions, count, evicted_slots); });
+  return impl::guard(error, [&] { return impl::evict(sequence, positions, count, evicted_slots); });
 }
 
 thinkv_status thinkv_sequence_quantize(thinkv_sequence* sequence, uint32_t first, uint32_t last,
                                        const char* format, uint64_t* recoded_slots,
                                        thinkv_error* error) {
-  return guard(error, [&] { return quantize(sequence, first, last, format, recoded_slots); });
+  return impl::guard(error,
+                     [&] { return impl::quantize(sequence, first, last, format, recoded_slots); });
 }
 
 thinkv_status thinkv_sequence_set_budget(thinkv_sequence* sequence, uint32_t budget_tokens,
                                          thinkv_error* error) {
-  return guard(error, [&] { return set_budget(sequence, budget_tokens); });
+  return impl::guard(error, [&] { return impl::set_budget(sequence, budget_tokens); });
 }
 
 thinkv_status thinkv_sequence_get_stats(thinkv_sequence* sequence, thinkv_sequence_stats* stats,
                                         thinkv_error* error) {
-  return guard(error, [&] { return sequence_stats(sequence, stats); });
+  return impl::guard(error, [&] { return impl::sequence_stats(sequence, stats); });
 }
 
 thinkv_status thinkv_sequence_sparsity(thinkv_sequence* sequence, const thinkv_output* sparsity,
                                        thinkv_error* error) {
-  return guard(error, [&] { return sparsity_of(sequence, sparsity); });
+  return impl::guard(error, [&] { return impl::sparsity_of(sequence, sparsity); });
 }
 
 thinkv_status thinkv_step_begin(thinkv_model* model, thinkv_sequence* const* sequences,
                                 uint32_t count, thinkv_step** step, thinkv_error* error) {
-  return guard(error, [&] { return begin_step_of(model, sequences, count, step); });
+  return impl::guard(error, [&] { return impl::begin_step_of(model, sequences, count, step); });
 }
 
 thinkv_status thinkv_step_append(thinkv_step* step, uint32_t layer, const thinkv_tensor* k,
                                  const thinkv_tensor* v, thinkv_error* error) {
-  return guard(error, [&] { return append(step, layer, k, v); });
+  return impl::guard(error, [&] { return impl::append(step, layer, k, v); });
 }
 
 thinkv_status thinkv_step_attend(thinkv_step* step, uint32_t layer, const thinkv_tensor* q,
                                  const thinkv_output* out, const thinkv_output* lse,
                                  thinkv_error* error) {
-  return guard(error, [&] { return attend(step, layer, q, out, lse); });
+  return impl::guard(error, [&] { return impl::attend(step, layer, q, out, lse); });
 }
 
 thinkv_status thinkv_step_end(thinkv_step* step, thinkv_error* error) {
-  return guard(error, [&] { return end_step(to_handle(step)); });
+  return impl::guard(error, [&] { return impl::end_step(impl::to_handle(step)); });
 }
 
 void thinkv_step_cancel(thinkv_step* step) {
-  close_quietly([&] { close_step(to_handle(step)); });
+  impl::close_quietly([&] { impl::close_step(impl::to_handle(step)); });
 }
 
-const char* thinkv_version(void) { return kVersionText; }
+const char* thinkv_version(void) {
+  return thinkv::kVersionText;
+}
 
 const char* thinkv_status_name(thinkv_status status) {
-  return error_code_name(static_cast<ErrorCode>(status));
+  return thinkv::error_code_name(static_cast<thinkv::ErrorCode>(status));
 }
 
 }  // extern "C"
-
-}  // namespace thinkv::client

@@ -20,8 +20,8 @@ void futex_wait(const std::atomic<uint32_t>& word, uint32_t seen, std::chrono::n
   timeout.tv_sec = static_cast<time_t>(seconds.count());
   timeout.tv_nsec = static_cast<long>((limit - seconds).count());
   // EAGAIN, EINTR, ETIMEDOUT: the caller looks again in any case.
-  static_cast<void>(::syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT,
-                              seen, &timeout, nullptr, 0));
+  static_cast<void>(::syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT, seen,
+                              &timeout, nullptr, 0));
 }
 
 void relax() {

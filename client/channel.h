@@ -28,9 +28,9 @@ void full_fence();
 struct ChannelOptions {
   const shm::DaemonRegion* daemon = nullptr;
   shm::ClientRegion* client = nullptr;
-  int bell_fd = -1;                     // eventfd; -1: the daemon never parks (tests)
-  std::function<bool()> daemon_gone;    // asked while waiting; null: never gone
-  std::chrono::microseconds spin{20};   // before a wait sleeps; 0 sleeps at once
+  int bell_fd = -1;                           // eventfd; -1: the daemon never parks (tests)
+  std::function<bool()> daemon_gone = {};     // asked while waiting; null: never gone
+  std::chrono::microseconds spin{20};         // before a wait sleeps; 0 sleeps at once
   std::chrono::milliseconds timeout{10'000};  // of a round trip
 };
 
@@ -73,7 +73,7 @@ class Channel {
   ChannelOptions options_;
   Requests requests_;
   Completions completions_;
-  std::vector<Grants> grants_;    // one a page class
+  std::vector<Grants> grants_;  // one a page class
   std::vector<Returns> returns_;
   uint64_t next_user_data_ = 1;
 };

@@ -112,8 +112,7 @@ Status ControlSocket::send_bytes(MessageType type, uint32_t request_id,
       .size = static_cast<uint32_t>(sizeof(protocol::ControlHeader) + body.size()),
       .request_id = request_id};
   // sendmsg reads only; its interface predates const.
-  iovec parts[2] = {{&header, sizeof(header)},
-                    {const_cast<std::byte*>(body.data()), body.size()}};
+  iovec parts[2] = {{&header, sizeof(header)}, {const_cast<std::byte*>(body.data()), body.size()}};
   msghdr message{};
   message.msg_iov = parts;
   message.msg_iovlen = body.empty() ? 1 : 2;

@@ -36,8 +36,8 @@ Status ExtentMap::add(const protocol::Extent& extent, int fd) {
   if (known && entry.generation == extent.generation) {
     return describe(ErrorCode::kUnavailable, "thinkvd sent extent %u twice", extent.extent_id);
   }
-  THINKV_ASSIGN_OR_RETURN(
-      MappedRange range, MappedRange::map(fd, extent.extent_bytes, Access::kReadWrite, "an extent"));
+  THINKV_ASSIGN_OR_RETURN(MappedRange range, MappedRange::map(fd, extent.extent_bytes,
+                                                              Access::kReadWrite, "an extent"));
   entry.page_bytes = extent.page_bytes;
   entry.page_count = extent.page_count;
   entry.page_class = extent.page_class;

@@ -33,8 +33,7 @@ class ExtentMap {
   // Requires: holds(page, its class).
   [[nodiscard]] std::byte* address(PageId page) const {
     const Entry& entry = entries_[page.extent().value()];
-    return entry.base.load(std::memory_order_relaxed) +
-           uint64_t{page.index()} * entry.page_bytes;
+    return entry.base.load(std::memory_order_relaxed) + uint64_t{page.index()} * entry.page_bytes;
   }
 
  private:

@@ -9,7 +9,9 @@ namespace {
 
 std::atomic<uint64_t> generation{1};
 
-void in_child() { generation.fetch_add(1, std::memory_order_relaxed); }
+void in_child() {
+  generation.fetch_add(1, std::memory_order_relaxed);
+}
 
 }  // namespace
 

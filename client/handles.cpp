@@ -20,8 +20,12 @@ Handle make_handle(uint32_t generation, uint32_t place, HandleKind kind) {
   return uint64_t{generation} << 32 | uint64_t{place} << 8 | static_cast<uint64_t>(kind) << 4 |
          kTag;
 }
-uint32_t place_of(Handle handle) { return static_cast<uint32_t>(handle >> 8 & kPlaceMask); }
-uint32_t generation_of(Handle handle) { return static_cast<uint32_t>(handle >> 32); }
+uint32_t place_of(Handle handle) {
+  return static_cast<uint32_t>(handle >> 8 & kPlaceMask);
+}
+uint32_t generation_of(Handle handle) {
+  return static_cast<uint32_t>(handle >> 32);
+}
 bool well_formed(Handle handle, HandleKind kind) {
   return (handle & 0xF) == kTag && (handle >> 4 & 0xF) == static_cast<uint64_t>(kind);
 }
@@ -29,16 +33,22 @@ bool well_formed(Handle handle, HandleKind kind) {
 constexpr uint64_t kClosing = uint64_t{1} << 31;
 constexpr uint64_t kLive = uint64_t{1} << 30;
 constexpr uint64_t kPins = kLive - 1;
-uint32_t generation_in(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
+uint32_t generation_in(uint64_t state) {
+  return static_cast<uint32_t>(state >> 32);
+}
 
 }  // namespace
 
 const char* handle_kind_name(HandleKind kind) {
   switch (kind) {
-    case HandleKind::kClient: return "client";
-    case HandleKind::kModel: return "model";
-    case HandleKind::kSequence: return "sequence";
-    case HandleKind::kStep: return "step";
+    case HandleKind::kClient:
+      return "client";
+    case HandleKind::kModel:
+      return "model";
+    case HandleKind::kSequence:
+      return "sequence";
+    case HandleKind::kStep:
+      return "step";
   }
   return "handle";
 }
@@ -68,8 +78,8 @@ Result<Handle> HandleTable::add(HandleKind kind, void* object) {
     }
     place = used_++;
   }
-  Place& entry = chunks_[place / kChunkPlaces].load(std::memory_order_relaxed)
-                     ->places[place % kChunkPlaces];
+  Place& entry =
+      chunks_[place / kChunkPlaces].load(std::memory_order_relaxed)->places[place % kChunkPlaces];
   if (place == free_) free_ = entry.next_free;
   entry.object = object;
   entry.kind = kind;
@@ -108,8 +118,10 @@ Result<void*> HandleTable::pin(Handle handle, HandleKind kind, Use use) {
   } while (!place->state.compare_exchange_weak(state, state + 1, std::memory_order_acquire));
   if (place->fork_generation != fork_generation()) {
     unpin(handle);
-    return describe(ErrorCode::kStale, "the %s belongs to the parent of this forked process: "
-                    "open a new client", name);
+    return describe(ErrorCode::kStale,
+                    "the %s belongs to the parent of this forked process: "
+                    "open a new client",
+                    name);
   }
   return place->object;
 }

@@ -24,7 +24,7 @@ struct LeaseOptions {
   ExtentMap* extents = nullptr;
   uint32_t page_class = 0;
   // Reads waiting Extent messages from the control socket into the map.
-  std::function<Status()> receive_extents;
+  std::function<Status()> receive_extents = {};
 };
 
 class Lease {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "client/extent_map.h"
-#include "kernels/sequence/page_source.h"
 #include "client/lease.h"
+#include "kernels/sequence/page_source.h"
 
 namespace thinkv::client {
 

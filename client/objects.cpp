@@ -9,7 +9,9 @@
 namespace thinkv::client {
 namespace {
 
-HandleTable& table() { return HandleTable::instance(); }
+HandleTable& table() {
+  return HandleTable::instance();
+}
 
 // The generations of the table make the handle; the object wants to know it.
 template <class Object>
@@ -102,9 +104,8 @@ void close_client(Handle handle) {
 
 Result<Handle> open_model(Handle client_handle, const ModelGeometry& geometry,
                           const std::string& name) {
-  THINKV_ASSIGN_OR_RETURN(
-      const Pinned<Client> client,
-      Pinned<Client>::get(client_handle, HandleKind::kClient, Use::kShared));
+  THINKV_ASSIGN_OR_RETURN(const Pinned<Client> client,
+                          Pinned<Client>::get(client_handle, HandleKind::kClient, Use::kShared));
   THINKV_TRY(validate(geometry));
   auto model = std::make_unique<Model>();
   model->client = &*client;
@@ -126,15 +127,13 @@ void close_model(Handle handle) {
 Result<Handle> open_sequence(Handle model_handle, const SequenceOpenOptions& options) {
   THINKV_ASSIGN_OR_RETURN(const Pinned<Model> model,
                           Pinned<Model>::get(model_handle, HandleKind::kModel, Use::kShared));
-  THINKV_ASSIGN_OR_RETURN(std::unique_ptr<SequenceObject> object,
-                          make_sequence(*model, options));
+  THINKV_ASSIGN_OR_RETURN(std::unique_ptr<SequenceObject> object, make_sequence(*model, options));
   object->report();
   return publish(HandleKind::kSequence, std::move(object), model->sequences);
 }
 
 void close_sequence(Handle handle) {
-  auto* object =
-      static_cast<SequenceObject*>(table().begin_close(handle, HandleKind::kSequence));
+  auto* object = static_cast<SequenceObject*>(table().begin_close(handle, HandleKind::kSequence));
   if (object == nullptr) return;
   // A step without one of its sequences has no meaning: it ends with it.
   if (const Handle step = object->step.load(std::memory_order_acquire); step != 0) {

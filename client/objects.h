@@ -60,9 +60,9 @@ struct SequenceObject {
   uint64_t id = 0;  // the daemon's
   std::unique_ptr<LeaseSource> source;
   std::optional<kernels::Sequence> sequence;
-  kernels::SequenceStats reported;    // what the client's counters know of
-  std::atomic<Handle> step{0};        // that it is part of
-  uint64_t live_tokens = 0;           // of a lane on average, at the last step's end
+  kernels::SequenceStats reported;  // what the client's counters know of
+  std::atomic<Handle> step{0};      // that it is part of
+  uint64_t live_tokens = 0;         // of a lane on average, at the last step's end
 
   // Adds what changed since the last report to the client's counters.
   void report();
@@ -73,7 +73,7 @@ struct StepObject {
   Model* model = nullptr;
   Handle handle = 0;
   std::vector<SequenceObject*> sequences;
-  std::vector<uint8_t> appended;     // a flag a layer
+  std::vector<uint8_t> appended;              // a flag a layer
   std::vector<float> k_rows, v_rows, q_rows;  // converted 16-bit input
 
   // k, v: [batch, kv_heads, head_dim]. Errors: kInvalidArgument (layer).

@@ -91,8 +91,7 @@ Status Session::take_welcome(ControlMessage& message) {
   if (welcome_.protocol_major != kProtocolMajor) {
     return describe(ErrorCode::kVersionMismatch,
                     "thinkvd %s speaks protocol %u, this library (%s) speaks %u: upgrade one",
-                    welcome_.daemon_version, welcome_.protocol_major, kVersionText,
-                    kProtocolMajor);
+                    welcome_.daemon_version, welcome_.protocol_major, kVersionText, kProtocolMajor);
   }
   return {};
 }
@@ -103,12 +102,12 @@ Status Session::map_regions(ControlMessage& message) {
     return describe(ErrorCode::kVersionMismatch,
                     "thinkvd's shared memory is smaller than this library needs: upgrade one");
   }
-  THINKV_ASSIGN_OR_RETURN(
-      daemon_range_, MappedRange::map(message.fds[0].get(), welcome_.daemon_region_bytes,
-                                      Access::kRead, "the ring memory"));
-  THINKV_ASSIGN_OR_RETURN(
-      client_range_, MappedRange::map(message.fds[1].get(), welcome_.client_region_bytes,
-                                      Access::kReadWrite, "the request memory"));
+  THINKV_ASSIGN_OR_RETURN(daemon_range_,
+                          MappedRange::map(message.fds[0].get(), welcome_.daemon_region_bytes,
+                                           Access::kRead, "the ring memory"));
+  THINKV_ASSIGN_OR_RETURN(client_range_,
+                          MappedRange::map(message.fds[1].get(), welcome_.client_region_bytes,
+                                           Access::kReadWrite, "the request memory"));
   bell_ = std::move(message.fds[2]);
   const auto* daemon = reinterpret_cast<const shm::DaemonRegion*>(daemon_range_.data());
   if (daemon->magic != shm::kMagicDaemon || daemon->protocol_major != kProtocolMajor ||
@@ -125,18 +124,18 @@ Status Session::map_regions(ControlMessage& message) {
 }
 
 void Session::start_rings() {
-  channel_.emplace(ChannelOptions{
-      .daemon = reinterpret_cast<const shm::DaemonRegion*>(daemon_range_.data()),
-      .client = client_region_,
-      .bell_fd = bell_.get(),
-      .daemon_gone = [this] { return socket_.hung_up(); },
-      .timeout = timeout_});
+  channel_.emplace(
+      ChannelOptions{.daemon = reinterpret_cast<const shm::DaemonRegion*>(daemon_range_.data()),
+                     .client = client_region_,
+                     .bell_fd = bell_.get(),
+                     .daemon_gone = [this] { return socket_.hung_up(); },
+                     .timeout = timeout_});
   leases_.reserve(kPageClassCount);
   for (uint32_t c = 0; c < kPageClassCount; ++c) {
-    leases_.emplace_back(LeaseOptions{.channel = &*channel_,
-                                      .extents = &extents_,
-                                      .page_class = c,
-                                      .receive_extents = [this] { return receive_extents(); }});
+    leases_.emplace_back(LeaseOptions{
+        .channel = &*channel_, .extents = &extents_, .page_class = c, .receive_extents = [this] {
+          return receive_extents();
+        }});
   }
 }
 
@@ -249,8 +248,7 @@ Result<uint64_t> Session::open_sequence(uint32_t model_id, uint32_t policy_id,
   request.arg[0] = model_id;
   request.arg[1] = policy_id;
   request.arg[2] = wire_budget(budget_tokens);
-  THINKV_ASSIGN_OR_RETURN(const protocol::Completion completion,
-                          call(request, "open a sequence"));
+  THINKV_ASSIGN_OR_RETURN(const protocol::Completion completion, call(request, "open a sequence"));
   return completion.result[0];
 }
 

@@ -8,7 +8,9 @@
 namespace thinkv::client {
 namespace {
 
-HandleTable& table() { return HandleTable::instance(); }
+HandleTable& table() {
+  return HandleTable::instance();
+}
 
 // Multiply-adds below which waking the workers costs more than they save.
 constexpr uint64_t kParallelWorkMin = 1'500'000;
@@ -143,8 +145,7 @@ Status StepObject::attend(uint32_t layer, const float* q, float* out, float* lse
     static thread_local kernels::AttendScratch scratch;
     kernels::Sequence& sequence = *sequences[i / heads]->sequence;
     failed.take(sequence.attend_lane(layer, i % heads, q + i * rows, out + i * rows,
-                                     lse == nullptr ? nullptr : lse + size_t{i} * group,
-                                     scratch));
+                                     lse == nullptr ? nullptr : lse + size_t{i} * group, scratch));
   });
   return failed.get();
 }
@@ -191,9 +192,8 @@ void StepObject::dissolve() {
 Status end_step(Handle handle) {
   {
     // Says null, stale, busy or forked in words; begin_close only says no.
-    THINKV_ASSIGN_OR_RETURN(
-        const Pinned<StepObject> pin,
-        Pinned<StepObject>::get(handle, HandleKind::kStep, Use::kExclusive));
+    THINKV_ASSIGN_OR_RETURN(const Pinned<StepObject> pin,
+                            Pinned<StepObject>::get(handle, HandleKind::kStep, Use::kExclusive));
   }
   auto* step = static_cast<StepObject*>(table().begin_close(handle, HandleKind::kStep));
   if (step == nullptr) return make_error(ErrorCode::kStale, "the step was closed");

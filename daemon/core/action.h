@@ -1,10 +1,10 @@
 // action.h: what the core wants done, in this order.
 //
 // The shell executes a list from front to back. Events that follow from it (ExtentReady of a
-// CreateExtent) are fed to step() after the whole list is done. Order that matters and is kept here:
-// CreateExtent before SendExtent of it, SendExtent before the first GrantPages with pages of it to that
-// client, GrantPages before the Complete that promised them, and nothing for a client after its
-// Disconnect.
+// CreateExtent) are fed to step() after the whole list is done. Order that matters and is kept
+// here: CreateExtent before SendExtent of it, SendExtent before the first GrantPages with pages of
+// it to that client, GrantPages before the Complete that promised them, and nothing for a client
+// after its Disconnect.
 #pragma once
 
 #include <cstdint>
@@ -77,14 +77,15 @@ struct CreateExtent {
   uint32_t generation = 0;  // counts the memories behind this id, from 1
 };
 
-// Give the memory of the extent back. No process maps it any more. A later CreateExtent of the id is
-// the recycling of the extent for another tenant.
+// Give the memory of the extent back. No process maps it any more. A later CreateExtent of the id
+// is the recycling of the extent for another tenant.
 struct ReleaseExtent {
   ExtentId extent;
 };
 
-// The client is already gone for the core and everything it held is reclaimed: set the closing flag,
-// send Refused with code and text if possible, close. Keep watching its pidfd for ProcessExited.
+// The client is already gone for the core and everything it held is reclaimed: set the closing
+// flag, send Refused with code and text if possible, close. Keep watching its pidfd for
+// ProcessExited.
 struct Disconnect {
   ClientId client;
   ErrorCode code = ErrorCode::kInternal;
@@ -97,8 +98,8 @@ struct ReloadResult {
   std::string text;  // what is wrong, if anything
 };
 
-using Action = std::variant<Admit, Refuse, ReplyModel, ReplyPolicy, SendExtent, GrantPages, Complete,
-                            CreateExtent, ReleaseExtent, Disconnect, ReloadResult>;
+using Action = std::variant<Admit, Refuse, ReplyModel, ReplyPolicy, SendExtent, GrantPages,
+                            Complete, CreateExtent, ReleaseExtent, Disconnect, ReloadResult>;
 
 // Reused between calls of step() so that the steady state allocates nothing.
 struct Actions {

@@ -50,8 +50,8 @@ Status ClientTable::room_for(const ClientConnected& event, uint32_t clients_per_
 }
 
 ClientSlot ClientTable::add(const ClientConnected& event, TenantId tenant, uint64_t now_ns) {
-  const auto place = std::find_if(clients_.begin(), clients_.end(),
-                                  [](const Client& c) { return c.empty(); });
+  const auto place =
+      std::find_if(clients_.begin(), clients_.end(), [](const Client& c) { return c.empty(); });
   THINKV_CHECK(place != clients_.end());
   THINKV_CHECK(event.client.value() != 0 && !by_id_.contains(event.client));
   std::optional<ProcessSlot> process_slot = find_process(event.process);
@@ -59,7 +59,8 @@ ClientSlot ClientTable::add(const ClientConnected& event, TenantId tenant, uint6
     if (!process(ProcessSlot(i)).used) process_slot = ProcessSlot(i);
   }
   Process& owner = process(*process_slot);
-  if (!owner.used) owner = Process{.key = event.process, .used = true, .uid = event.uid, .clients = 0};
+  if (!owner.used)
+    owner = Process{.key = event.process, .used = true, .uid = event.uid, .clients = 0};
   ++owner.clients;
   *place = Client{};
   place->id = event.client;
@@ -99,8 +100,9 @@ void ClientTable::remove_process(ProcessSlot slot) {
 }
 
 uint32_t ClientTable::lingering() const {
-  return static_cast<uint32_t>(std::count_if(
-      processes_.begin(), processes_.end(), [](const Process& p) { return p.used && p.clients == 0; }));
+  return static_cast<uint32_t>(
+      std::count_if(processes_.begin(), processes_.end(),
+                    [](const Process& p) { return p.used && p.clients == 0; }));
 }
 
 }  // namespace thinkv::core

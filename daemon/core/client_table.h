@@ -1,7 +1,7 @@
 // client_table.h: connected clients, and the processes that may map extents.
 //
-// A client is a connection; a process can have several, one after the other or at once, and may keep
-// its mappings after the last one ended. So extents are tied to processes, pages to clients.
+// A client is a connection; a process can have several, one after the other or at once, and may
+// keep its mappings after the last one ended. So extents are tied to processes, pages to clients.
 #pragma once
 
 #include <array>
@@ -19,9 +19,9 @@ namespace thinkv::core {
 
 // Pages of one class that a client has.
 struct Lease {
-  uint32_t models = 0;   // registered models of this class; 0: the client may not have pages of it
-  uint32_t low = 0;      // refill below this
-  uint32_t high = 0;     // up to this
+  uint32_t models = 0;  // registered models of this class; 0: the client may not have pages of it
+  uint32_t low = 0;     // refill below this
+  uint32_t high = 0;    // up to this
   // Granted, not known to be taken out of the grant ring. Can exceed `granted` for a moment, when
   // returns are seen before the consumption that made them possible.
   uint64_t in_ring = 0;

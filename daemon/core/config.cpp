@@ -17,7 +17,8 @@ Error invalid(const char* what, std::string* why, std::string text) {
 Status validate_pool(const PoolOptions& pool, std::string* why) {
   if (pool.extent_bytes < limits::kExtentBytesMin || pool.extent_bytes > limits::kExtentBytesMax ||
       pool.extent_bytes % limits::kExtentBytesMin != 0) {
-    return invalid("extent size", why, "the extent size must be 2 MiB to 1 GiB, a multiple of 2 MiB");
+    return invalid("extent size", why,
+                   "the extent size must be 2 MiB to 1 GiB, a multiple of 2 MiB");
   }
   const uint64_t extents = pool.pool_bytes / pool.extent_bytes;
   if (extents < 1 || extents > limits::kExtentsMax) {
@@ -39,8 +40,9 @@ Status validate_tenant(const TenantConfig& tenant, uint64_t pool_bytes, std::str
     return invalid("tenant priority", why, who + "priority must be 0 to 100");
   }
   if (tenant.limit_bytes > pool_bytes) {
-    return invalid("tenant limit", why, who + "limit is more than the pool's whole extents, " +
-                                            std::to_string(pool_bytes) + " bytes");
+    return invalid("tenant limit", why,
+                   who + "limit is more than the pool's whole extents, " +
+                       std::to_string(pool_bytes) + " bytes");
   }
   if (tenant.reserve_bytes > (tenant.limit_bytes == 0 ? pool_bytes : tenant.limit_bytes)) {
     return invalid("tenant reserve", why, who + "reserve is more than the limit");
@@ -71,9 +73,9 @@ Status validate_tenants(const PoolOptions& pool, const Config& config, std::stri
                    "the default tenant '" + config.default_tenant + "' is not in the list");
   }
   if (reserved > pool.extent_count()) {
-    return invalid("reserves", why, "the reserves need " + std::to_string(reserved) +
-                                        " whole extents, the pool has " +
-                                        std::to_string(pool.extent_count()));
+    return invalid("reserves", why,
+                   "the reserves need " + std::to_string(reserved) +
+                       " whole extents, the pool has " + std::to_string(pool.extent_count()));
   }
   if (config.clients_per_uid < 1 || config.clients_per_uid > limits::kClientsMax) {
     return invalid("clients per user", why, "clients per user must be 1 to 256");

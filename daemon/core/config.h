@@ -27,20 +27,20 @@ struct PoolOptions {
 // A tenant that uses pages of several head dims at once can need up to two extents more than its
 // reserve in bytes says: an extent holds pages of one class.
 struct TenantConfig {
-  std::string name;               // shorter than limits::kNameMax
-  std::vector<uint32_t> uids;     // a client with one of these users belongs here; first match wins
-  std::vector<uint32_t> gids;     // else one with one of these groups
+  std::string name;            // shorter than limits::kNameMax
+  std::vector<uint32_t> uids;  // a client with one of these users belongs here; first match wins
+  std::vector<uint32_t> gids;  // else one with one of these groups
   uint64_t reserve_bytes = 0;
-  uint64_t limit_bytes = 0;       // 0: the whole pool
-  uint32_t weight = 1;            // 1..1000: share of refills among tenants of one priority
-  uint32_t priority = 0;          // 0..100: the higher is refilled first when pages are scarce
+  uint64_t limit_bytes = 0;  // 0: the whole pool
+  uint32_t weight = 1;       // 1..1000: share of refills among tenants of one priority
+  uint32_t priority = 0;     // 0..100: the higher is refilled first when pages are scarce
 };
 
 // What SIGHUP replaces.
 struct Config {
-  std::vector<TenantConfig> tenants;    // 1..limits::kTenantsMax, names unique
-  std::string default_tenant;           // for users that match none; empty: they are refused
-  std::vector<PolicyParams> policies;   // 1..limits::kPoliciesMax, names unique
+  std::vector<TenantConfig> tenants;   // 1..limits::kTenantsMax, names unique
+  std::string default_tenant;          // for users that match none; empty: they are refused
+  std::vector<PolicyParams> policies;  // 1..limits::kPoliciesMax, names unique
   // Connected clients of one user, plus its processes that disconnected but still may map extents.
   uint32_t clients_per_uid = limits::kClientsPerUidMax;  // 1..limits::kClientsMax
 };

@@ -2,8 +2,8 @@
 //
 // Values in here come from clients and may be anything, except ids that the shell itself made
 // (ClientId, process keys, ExtentId of a CreateExtent). Spans and pointers are borrowed for the
-// duration of step(). Events of a client that the core does not know (it was refused, or the core has
-// ended it by Disconnect) are ignored and get no answer.
+// duration of step(). Events of a client that the core does not know (it was refused, or the core
+// has ended it by Disconnect) are ignored and get no answer.
 #pragma once
 
 #include <array>
@@ -37,10 +37,10 @@ using ProcessKey = Strong<struct ProcessKeyTag, uint64_t>;
 
 // An engine said Hello. Answer: Admit or Refuse. Operators (status only) never enter the core.
 struct ClientConnected {
-  ClientId client;      // made by the shell, strictly increasing, never 0
-  ProcessKey process;   // made by the shell
-  uint32_t pid = 0;     // for people; not trusted
-  uint32_t uid = 0;     // from SO_PEERCRED
+  ClientId client;     // made by the shell, strictly increasing, never 0
+  ProcessKey process;  // made by the shell
+  uint32_t pid = 0;    // for people; not trusted
+  uint32_t uid = 0;    // from SO_PEERCRED
   uint32_t gid = 0;
   std::span<const uint32_t> groups;  // supplementary groups, may be empty
   std::string_view name;             // cut to limits::kNameMax - 1
@@ -61,9 +61,9 @@ struct PolicyAsked {
   std::string_view name;
 };
 
-// One descriptor of the request ring, copied once out of shared memory. Answer: exactly one Complete,
-// at once or, for kNeedPages, when the extents it waits for are there. The shell takes a request
-// only if the completion ring has room for it and for all that are still unanswered.
+// One descriptor of the request ring, copied once out of shared memory. Answer: exactly one
+// Complete, at once or, for kNeedPages, when the extents it waits for are there. The shell takes a
+// request only if the completion ring has room for it and for all that are still unanswered.
 struct RequestArrived {
   ClientId client;
   protocol::Request request;
@@ -78,8 +78,8 @@ struct GrantsConsumed {
   uint64_t count = 0;       // more than was granted: protocol violation
 };
 
-// Raw page ids from the client's return ring; before or after the consumption that they follow from.
-// One bad id ends the client.
+// Raw page ids from the client's return ring; before or after the consumption that they follow
+// from. One bad id ends the client.
 struct PagesReturned {
   ClientId client;
   uint32_t page_class = 0;  // made by the shell: < kPageClassCount
@@ -93,8 +93,8 @@ struct ClientGone {
   EndCause cause = EndCause::kKilled;
 };
 
-// The pidfd fired: no mapping of this process exists any more. Clients of it that are still connected
-// end with kKilled. Unknown keys are ignored.
+// The pidfd fired: no mapping of this process exists any more. Clients of it that are still
+// connected end with kKilled. Unknown keys are ignored.
 struct ProcessExited {
   ProcessKey process;
 };
@@ -117,9 +117,8 @@ struct ConfigReloaded {
 // Ends every client; later connections are refused with kUnavailable.
 struct Shutdown {};
 
-using Event =
-    std::variant<ClientConnected, ModelRegistered, PolicyAsked, RequestArrived, GrantsConsumed,
-                 PagesReturned, ClientGone, ProcessExited, ExtentReady, ExtentFailed,
-                 ConfigReloaded, Shutdown>;
+using Event = std::variant<ClientConnected, ModelRegistered, PolicyAsked, RequestArrived,
+                           GrantsConsumed, PagesReturned, ClientGone, ProcessExited, ExtentReady,
+                           ExtentFailed, ConfigReloaded, Shutdown>;
 
 }  // namespace thinkv::core

@@ -148,8 +148,8 @@ uint32_t ExtentPool::take(Shelf shelf, Holder holder, uint32_t count, std::vecto
     if (index == kNoSlot) break;
     Extent& extent = extents_[index];
     THINKV_CHECK(extent.state == ExtentState::kAssigned);
-    const uint32_t got = extent.pages.take(owner_of(holder.client),
-                                           std::span(scratch_).first(count - taken));
+    const uint32_t got =
+        extent.pages.take(owner_of(holder.client), std::span(scratch_).first(count - taken));
     THINKV_CHECK(got > 0);
     for (uint32_t i = 0; i < got; ++i) {
       pages->push_back(PageId(ExtentId(index), scratch_[i]).raw());

@@ -53,7 +53,8 @@ class ExtentPool {
   Shelf failed(ExtentId extent, bool retire);
 
   // Gives min(count, free pages of the shelf) pages, from the fullest extents first so that others
-  // become empty. Appends raw page ids, and to *first_time the extents that this client did not know.
+  // become empty. Appends raw page ids, and to *first_time the extents that this client did not
+  // know.
   uint32_t take(Shelf shelf, Holder holder, uint32_t count, std::vector<uint32_t>* pages,
                 std::vector<ExtentId>* first_time);
 
@@ -103,7 +104,7 @@ class ExtentPool {
   [[nodiscard]] const Extent& at(ExtentId extent) const;
   [[nodiscard]] uint32_t& held(uint32_t extent, ClientSlot client);
   void set_state(Extent& extent, ExtentState state);
-  void link(uint32_t index);    // into the list of its fullness
+  void link(uint32_t index);  // into the list of its fullness
   void unlink(uint32_t index);
   void relink(uint32_t index);  // after its fullness changed
   [[nodiscard]] static uint32_t bucket_of(const PageMap& pages);

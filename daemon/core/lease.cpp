@@ -9,15 +9,17 @@
 namespace thinkv::core {
 namespace {
 
-// After the device refused memory: making extents takes milliseconds of the event loop, so a machine
-// without memory must not be asked at every refill.
+// After the device refused memory: making extents takes milliseconds of the event loop, so a
+// machine without memory must not be asked at every refill.
 constexpr uint64_t kCreatePauseNs = 1'000'000'000;
 
 // A refill above the low watermark takes at most this part of what the tenant could still get, so
 // that the last pages are left for needs.
 constexpr uint64_t kRefillShare = 4;
 
-constexpr uint64_t divide_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+constexpr uint64_t divide_up(uint64_t a, uint64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace
 
@@ -170,8 +172,8 @@ void Service::Impl::refill(ClientSlot slot, uint32_t page_class) {
     obtainable +=
         coming + uint64_t{assignable(client.tenant)} * extents_.pages_per_extent(page_class);
   }
-  obtainable = std::min(obtainable, tenants_.at(client.tenant).headroom_bytes() /
-                                        class_page_bytes(page_class));
+  obtainable = std::min(obtainable,
+                        tenants_.at(client.tenant).headroom_bytes() / class_page_bytes(page_class));
   const uint64_t allowed =
       std::min(want, std::max(std::min(urgent, obtainable), obtainable / kRefillShare));
   if (allowed < want) ++counters_.refills_cut;

@@ -10,8 +10,12 @@ namespace thinkv::core {
 namespace {
 
 constexpr uint32_t kWordBits = 64;
-constexpr uint32_t words_for(uint32_t bits) { return (bits + kWordBits - 1) / kWordBits; }
-constexpr uint64_t bit(uint32_t index) { return uint64_t{1} << (index % kWordBits); }
+constexpr uint32_t words_for(uint32_t bits) {
+  return (bits + kWordBits - 1) / kWordBits;
+}
+constexpr uint64_t bit(uint32_t index) {
+  return uint64_t{1} << (index % kWordBits);
+}
 
 // Sets the lowest `count` bits, word by word; the rest becomes zero.
 void fill_low(std::vector<uint64_t>& words, uint32_t count) {

@@ -1,9 +1,9 @@
 // page_map.h: who holds each page of one extent.
 //
-// The only truth about pages: an owner a page (0: free), and a bitmap of the free ones with two levels
-// of summaries, so that taking and giving back cost a few word operations whatever the extent's size
-// and reclaiming a dead client's pages goes through the owners in order, four at a time.
-// Lowest index first: what is in use stays dense.
+// The only truth about pages: an owner a page (0: free), and a bitmap of the free ones with two
+// levels of summaries, so that taking and giving back cost a few word operations whatever the
+// extent's size and reclaiming a dead client's pages goes through the owners in order, four at a
+// time. Lowest index first: what is in use stays dense.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +44,10 @@ class PageMap {
   void mark_free(uint32_t word, uint64_t bits);
   uint32_t first_free_word() const;
 
-  std::vector<Owner> owners_;        // padded to whole bitmap words with kFree
-  std::vector<uint64_t> free_;       // bit: page is free
-  std::vector<uint64_t> summary_;    // bit: word of free_ is not zero
-  std::vector<uint64_t> top_;        // bit: word of summary_ is not zero; at most 4 words
+  std::vector<Owner> owners_;      // padded to whole bitmap words with kFree
+  std::vector<uint64_t> free_;     // bit: page is free
+  std::vector<uint64_t> summary_;  // bit: word of free_ is not zero
+  std::vector<uint64_t> top_;      // bit: word of summary_ is not zero; at most 4 words
   uint32_t page_count_ = 0;
   uint32_t free_count_ = 0;
 };

@@ -16,9 +16,8 @@ bool same(const PolicyParams& a, const PolicyParams& b) {
 
 Status PolicyTable::configure(const std::vector<PolicyParams>& policies) {
   const auto unchanged = [&](const Policy& p) {
-    return p.current && std::any_of(policies.begin(), policies.end(), [&](const PolicyParams& n) {
-             return same(n, p.params);
-           });
+    return p.current && std::any_of(policies.begin(), policies.end(),
+                                    [&](const PolicyParams& n) { return same(n, p.params); });
   };
   size_t places = policies.size();
   for (const Policy& p : policies_) places += p.sequences > 0 && !unchanged(p) ? 1 : 0;

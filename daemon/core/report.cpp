@@ -102,7 +102,7 @@ void Service::Impl::snapshot_clients(Snapshot* out) const {
 
 // A full walk after each event is for the small pools of tests.
 bool Service::Impl::walk_is_cheap() const {
-  return uint64_t{extents_.extent_count()} * extents_.pages_per_extent(0) <= 16384;
+  return uint64_t{extents_.extent_count()} * extents_.pages_per_extent(0) <= 4096;
 }
 
 const char* Service::Impl::check_clients() const {

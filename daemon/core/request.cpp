@@ -22,12 +22,18 @@ struct Uses {
 };
 Uses uses_of(Op op) {
   switch (op) {
-    case Op::kPing: return {false, 0};
-    case Op::kOpenSequence: return {false, 3};
-    case Op::kCloseSequence: return {true, 0};
-    case Op::kSetBudget: return {true, 1};
-    case Op::kNeedPages: return {false, 2};
-    case Op::kClientStats: return {false, 0};
+    case Op::kPing:
+      return {false, 0};
+    case Op::kOpenSequence:
+      return {false, 3};
+    case Op::kCloseSequence:
+      return {true, 0};
+    case Op::kSetBudget:
+      return {true, 1};
+    case Op::kNeedPages:
+      return {false, 2};
+    case Op::kClientStats:
+      return {false, 0};
   }
   return {false, 0};
 }
@@ -123,13 +129,12 @@ Result<Completion> Service::Impl::open_sequence(ClientSlot slot, const Request& 
   if (client.sequences == limits::kSequencesPerClientMax) {
     return make_error(ErrorCode::kExhausted, "the client has its maximum of sequences");
   }
-  const uint32_t budget = request.arg[2] != 0 ? static_cast<uint32_t>(request.arg[2])
-                                              : policy->params.budget_tokens;
-  const SequenceId id =
-      sequences_.open({.client = slot,
-                       .model = ModelId(static_cast<uint32_t>(request.arg[0])),
-                       .policy = policy->id,
-                       .budget_tokens = budget});
+  const uint32_t budget =
+      request.arg[2] != 0 ? static_cast<uint32_t>(request.arg[2]) : policy->params.budget_tokens;
+  const SequenceId id = sequences_.open({.client = slot,
+                                         .model = ModelId(static_cast<uint32_t>(request.arg[0])),
+                                         .policy = policy->id,
+                                         .budget_tokens = budget});
   ++policy->sequences;
   ++client.sequences;
   ++tenants_.at(client.tenant).sequences;
@@ -160,8 +165,8 @@ Status Service::Impl::set_budget(ClientSlot slot, const Request& request) {
   }
   const Result<Policy*> policy = policies_.by_id(sequence->policy.value());
   THINKV_CHECK(policy.has_value());
-  sequence->budget_tokens = request.arg[0] != 0 ? static_cast<uint32_t>(request.arg[0])
-                                                : (*policy)->params.budget_tokens;
+  sequence->budget_tokens =
+      request.arg[0] != 0 ? static_cast<uint32_t>(request.arg[0]) : (*policy)->params.budget_tokens;
   return {};
 }
 

@@ -22,12 +22,18 @@ std::string printable(std::string_view text) {
 
 const char* end_cause_name(EndCause cause) {
   switch (cause) {
-    case EndCause::kClean: return "clean";
-    case EndCause::kKilled: return "killed";
-    case EndCause::kProtocol: return "protocol";
-    case EndCause::kSlow: return "slow";
-    case EndCause::kVersion: return "version";
-    case EndCause::kShutdown: return "shutdown";
+    case EndCause::kClean:
+      return "clean";
+    case EndCause::kKilled:
+      return "killed";
+    case EndCause::kProtocol:
+      return "protocol";
+    case EndCause::kSlow:
+      return "slow";
+    case EndCause::kVersion:
+      return "version";
+    case EndCause::kShutdown:
+      return "shutdown";
   }
   return "unknown";
 }
@@ -44,8 +50,12 @@ Result<std::unique_ptr<Service>> Service::create(const PoolOptions& pool, const 
 void Service::step(const Event& event, uint64_t now_ns, Actions* actions) {
   impl_->step(event, now_ns, actions);
 }
-void Service::snapshot(Snapshot* out) const { impl_->snapshot(out); }
-const char* Service::check_invariants() const { return impl_->check_invariants(); }
+void Service::snapshot(Snapshot* out) const {
+  impl_->snapshot(out);
+}
+const char* Service::check_invariants() const {
+  return impl_->check_invariants();
+}
 
 Service::Impl::Impl(const PoolOptions& pool, const Config& config)
     : options_(pool), extents_(pool.extent_count(), pool.extent_bytes), tenants_(pool) {
@@ -85,8 +95,8 @@ void Service::Impl::on(const ClientConnected& event) {
   if (closing_) return turn_away(make_error(ErrorCode::kUnavailable, "the daemon stops"));
   const std::optional<TenantId> tenant = tenants_.match(event.uid, event.gid, event.groups);
   if (!tenant) {
-    return turn_away(make_error(ErrorCode::kPermission,
-                                "this user belongs to no tenant of the configuration"));
+    return turn_away(
+        make_error(ErrorCode::kPermission, "this user belongs to no tenant of the configuration"));
   }
   if (const Status room = clients_.room_for(event, clients_per_uid_); !room) {
     return turn_away(room.error());
@@ -128,9 +138,9 @@ void Service::Impl::on(const PolicyAsked& event) {
   const Result<const Policy*> policy = policies_.by_name(event.name);
   if (!policy) {
     const size_t room = sizeof(protocol::Refused::text) - 2 * limits::kNameMax;
-    return refuse(event.client, event.request_id, policy.error(),
-                  "no policy named '" + printable(event.name) + "'; there are: " +
-                      policies_.names(room));
+    return refuse(
+        event.client, event.request_id, policy.error(),
+        "no policy named '" + printable(event.name) + "'; there are: " + policies_.names(room));
   }
   ReplyPolicy action{.client = event.client, .request_id = event.request_id};
   action.reply.policy_id = (*policy)->id.value();

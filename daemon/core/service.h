@@ -1,8 +1,8 @@
 // service.h: the daemon as a pure state machine: an event and the time in, actions out.
 //
-// No I/O, clock, thread, driver or file. The same events at the same times give the same actions, so
-// tests and fuzzers drive the code that ships. One thread at a time; the shell's event loop owns it.
-// A client can make the core refuse, complain or end that client; never fail a check.
+// No I/O, clock, thread, driver or file. The same events at the same times give the same actions,
+// so tests and fuzzers drive the code that ships. One thread at a time; the shell's event loop owns
+// it. A client can make the core refuse, complain or end that client; never fail a check.
 //
 //   core::Actions actions;                       // reused
 //   service->step(core::ClientGone{id, core::EndCause::kKilled}, now_ns, &actions);
@@ -37,7 +37,8 @@ class Service {
   // Overwrites *out, reusing its memory. O(clients + extents).
   void snapshot(Snapshot* out) const;
 
-  // Null, or which invariant is broken (reliability.md 2.2: I1, I2, and the sums). Walks every page.
+  // Null, or which invariant is broken (reliability.md 2.2: I1, I2, and the sums). Walks every
+  // page.
   [[nodiscard]] const char* check_invariants() const;
 
  private:

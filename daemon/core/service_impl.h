@@ -75,7 +75,8 @@ class Service::Impl {
   void finish_need(const Need& need, Outcome outcome);
   void grant(ClientSlot slot, uint32_t page_class, uint32_t count);
   void assign_extents(Shelf shelf, uint64_t count);
-  // Extents that the tenant may still be assigned: its own unused reserve, and what no reserve claims.
+  // Extents that the tenant may still be assigned: its own unused reserve, and what no reserve
+  // claims.
   [[nodiscard]] uint32_t assignable(TenantId id) const;
   [[nodiscard]] uint32_t unused_reserve(TenantId id) const;  // whole extents
   [[nodiscard]] uint32_t unused_reserves() const;            // of all tenants
@@ -116,7 +117,7 @@ class Service::Impl {
   ClientTable clients_;
   SequenceTable sequences_;
   Counters counters_;
-  std::vector<Need> needs_;                     // oldest first
+  std::vector<Need> needs_;                                    // oldest first
   std::bitset<limits::kClientsMax> starved_[kPageClassCount];  // below their low watermark
   uint32_t clients_per_uid_ = limits::kClientsPerUidMax;
   uint64_t last_client_ = 0;

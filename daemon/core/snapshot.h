@@ -22,7 +22,7 @@ struct Counters {
   std::array<std::array<uint64_t, kErrorCodes>, kOpSlots> requests{};  // [op][code]
   std::array<uint64_t, kEndCauseCount> ended{};                        // clients by cause
   uint64_t connected = 0;
-  uint64_t refused = 0;           // connections not admitted
+  uint64_t refused = 0;  // connections not admitted
   uint64_t pages_granted = 0;
   uint64_t pages_returned = 0;    // by clients that live
   uint64_t pages_reclaimed = 0;   // from clients that ended

@@ -107,7 +107,9 @@ Tenant& TenantTable::at(TenantId id) {
   THINKV_CHECK(id.value() < tenants_.size());
   return tenants_[id.value()];
 }
-const Tenant& TenantTable::at(TenantId id) const { return const_cast<TenantTable*>(this)->at(id); }
+const Tenant& TenantTable::at(TenantId id) const {
+  return const_cast<TenantTable*>(this)->at(id);
+}
 
 void TenantTable::charge(TenantId id, uint64_t bytes) {
   Tenant& tenant = at(id);

@@ -21,9 +21,9 @@ struct Tenant {
   enum class State : uint8_t { kEmpty, kConfigured, kRemoved };
   State state = State::kEmpty;
   TenantConfig config;
-  uint64_t limit_bytes = 0;      // effective: never "0 means the pool"
+  uint64_t limit_bytes = 0;  // effective: never "0 means the pool"
   uint32_t reserve_extents = 0;
-  uint32_t limit_extents = 0;    // assigned extents it may have, see apply()
+  uint32_t limit_extents = 0;  // assigned extents it may have, see apply()
   uint64_t used_bytes = 0;
   uint64_t peak_bytes = 0;
   uint32_t clients = 0;
@@ -59,8 +59,8 @@ class TenantTable {
   [[nodiscard]] const Tenant& at(TenantId id) const;
   [[nodiscard]] static constexpr uint32_t capacity() { return limits::kTenantsMax; }
 
-  void charge(TenantId id, uint64_t bytes);   // Requires: bytes <= headroom_bytes()
-  void uncharge(TenantId id, uint64_t bytes); // Requires: bytes <= used_bytes
+  void charge(TenantId id, uint64_t bytes);    // Requires: bytes <= headroom_bytes()
+  void uncharge(TenantId id, uint64_t bytes);  // Requires: bytes <= used_bytes
 
  private:
   [[nodiscard]] std::optional<uint32_t> find(std::string_view name) const;

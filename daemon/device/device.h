@@ -2,8 +2,9 @@
 //
 // One interface, several backends: host (sealed memfds, kernels on the CPU) and later cuda. The
 // shell calls it for the core's actions and answers ExtentReady or ExtentFailed.
-// Threads: the event loop only. Ownership: the device owns each extent's memory and descriptor until
-// release_extent or destruction; memory behind descriptors that were sent lives on with its mappers.
+// Threads: the event loop only. Ownership: the device owns each extent's memory and descriptor
+// until release_extent or destruction; memory behind descriptors that were sent lives on with its
+// mappers.
 #pragma once
 
 #include <cstdint>

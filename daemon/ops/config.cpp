@@ -68,14 +68,13 @@ void read_pool(MapReader pool, Config* config) {
   if (config->extent_bytes % limits::kExtentBytesMin != 0) {
     fail("extent_bytes", "must be a multiple of " + format_bytes(limits::kExtentBytesMin));
   } else if (config->pool_bytes % config->extent_bytes != 0) {
-    fail(given ? "bytes" : "extent_bytes",
-         "pool.bytes (" + format_bytes(config->pool_bytes) +
-             ") must be a multiple of pool.extent_bytes (" + format_bytes(config->extent_bytes) +
-             ")");
+    fail(given ? "bytes" : "extent_bytes", "pool.bytes (" + format_bytes(config->pool_bytes) +
+                                               ") must be a multiple of pool.extent_bytes (" +
+                                               format_bytes(config->extent_bytes) + ")");
   } else if (config->pool_bytes / config->extent_bytes > limits::kExtentsMax) {
-    fail(given ? "bytes" : "extent_bytes",
-         "a pool has at most " + std::to_string(limits::kExtentsMax) +
-             " extents: use a larger pool.extent_bytes");
+    fail(given ? "bytes" : "extent_bytes", "a pool has at most " +
+                                               std::to_string(limits::kExtentsMax) +
+                                               " extents: use a larger pool.extent_bytes");
   }
   pool.finish();
 }
@@ -92,13 +91,13 @@ void read_share(MapReader* tenant, std::string_view key, uint64_t pool_bytes, ui
   if (!value) {
     return tenant->fail(*node, key, MapReader::quote(node->scalar) + ": " + value.error().what);
   }
-  const uint64_t bytes = percent ? pool_bytes / 100 * *value : *value;
+  const uint64_t bytes = percent ? pool_bytes * *value / 100 : *value;  // kPoolBytesMax x 100 fits
   if (bytes > pool_bytes) {
-    return tenant->fail(*node, key, MapReader::quote(node->scalar) +
-                                        " is more than pool.bytes (" + format_bytes(pool_bytes) +
-                                        ")");
+    return tenant->fail(*node, key,
+                        MapReader::quote(node->scalar) + " is more than pool.bytes (" +
+                            format_bytes(pool_bytes) + ")");
   }
-  *out = percent && *value == 100 ? pool_bytes : bytes;
+  *out = bytes;
 }
 
 // Names are looked up, numbers are taken as they are.
@@ -156,8 +155,8 @@ void read_tenants(MapReader* root, Config* config, Diagnostics* diagnostics,
                   std::vector<std::string>* keys) {
   const YamlNode* list = root->node("tenants");
   if (list == nullptr || list->kind == YamlNode::Kind::kNull) {
-    if (keys != nullptr) (void)read_tenant(MapReader(nullptr, "tenants[]", diagnostics, keys),
-                                           *config);
+    if (keys != nullptr)
+      (void)read_tenant(MapReader(nullptr, "tenants[]", diagnostics, keys), *config);
     return;
   }
   if (list->kind != YamlNode::Kind::kList) {
@@ -185,8 +184,9 @@ void read_tenants(MapReader* root, Config* config, Diagnostics* diagnostics,
     config->tenants.push_back(std::move(settings));
   }
   if (reserved > config->pool_bytes) {
-    root->fail(*list, "tenants", "the reserves add up to more than pool.bytes (" +
-                                     format_bytes(config->pool_bytes) + ")");
+    root->fail(
+        *list, "tenants",
+        "the reserves add up to more than pool.bytes (" + format_bytes(config->pool_bytes) + ")");
   }
 }
 

@@ -204,7 +204,8 @@ class Metrics::Endpoint {
   prometheus::Exposer exposer;
 };
 
-Metrics::Metrics() : source_(std::make_shared<Source>()) {}
+Metrics::Metrics()
+    : source_(std::make_shared<Source>()) {}  // shared: scrape threads lock a weak_ptr to it
 Metrics::~Metrics() = default;
 
 Result<std::unique_ptr<Metrics>> Metrics::start(const std::string& address, uint32_t port,

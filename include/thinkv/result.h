@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
-#include <source_location>
 #include <type_traits>
 #include <utility>
 
@@ -62,8 +61,9 @@ static_assert(std::is_trivially_copyable_v<Error>);
 
 [[nodiscard]] constexpr Error make_error(
     ErrorCode code, const char* what, int32_t os_error = 0,
-    std::source_location where = std::source_location::current()) {
-  return Error{code, what, os_error, where.line(), where.file_name()};
+    // Not std::source_location: clang 14 has the builtins only.
+    uint32_t line = __builtin_LINE(), const char* file = __builtin_FILE()) {
+  return Error{code, what, os_error, line, file};
 }
 
 // A T or an Error. Requires: has_value() before value(), !has_value() before error().

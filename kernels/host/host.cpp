@@ -1,6 +1,22 @@
 #include "kernels/host/host_set.h"
 
+#if THINKV_HAVE_AVX2_BUILD
+#include <cpuid.h>
+#endif
+
 namespace thinkv::kernels {
+
+#if THINKV_HAVE_AVX2_BUILD
+namespace {
+
+// __builtin_cpu_supports of clang 14 does not know the name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+}  // namespace
+#endif
 
 const KernelSet& host_baseline_set() {
   static constexpr KernelSet kSet = {
@@ -26,8 +42,8 @@ const KernelSet* host_avx2_set() {
       .attend = host_avx2::attend,
       .medoids = host_avx2::medoids,
   };
-  static const bool runs_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                __builtin_cpu_supports("f16c");
+  static const bool runs_here =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   return runs_here ? &kSet : nullptr;
 #else
   return nullptr;

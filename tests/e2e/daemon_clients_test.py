@@ -67,7 +67,8 @@ class Deaths(DaemonCase):
 
     def test_death_while_a_child_keeps_the_socket_open(self):
         self.start()
-        code = HOLDER.replace("print(len", "import os\nif os.fork() == 0: time.sleep(60)\nprint(len")
+        fork = "import os\nif os.fork() == 0: time.sleep(60)\nprint(len"
+        code = HOLDER.replace("print(len", fork)
         process = subprocess.Popen([sys.executable, "-B", "-c", code, self.socket, str(HERE)],
                                    stdout=subprocess.PIPE, text=True, start_new_session=True)
         self.addCleanup(process.stdout.close)
@@ -222,7 +223,8 @@ class Control(DaemonCase):
 
     def test_no_tenant_for_this_user(self):
         self.write_config(extra="default_tenant: none\n")
-        self.config.write_text(self.config.read_text().replace("default,", "others, users: [12345],"))
+        others = self.config.read_text().replace("default,", "others, users: [12345],")
+        self.config.write_text(others)
         self.start()
         with self.assertRaises(raw.Refused) as refused:
             raw.Engine(self.socket)

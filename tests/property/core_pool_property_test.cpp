@@ -1,8 +1,8 @@
 // Random clients, friendly and hostile, over several tenants, against the harness's naive model.
 //
 // After every operation (CoreHarness::check): no page with two owners, use by tenant equals the
-// model's, conservation, the core's own invariants. Here: quotas, reserves, and that nothing is
-// left when everybody is gone. THINKV_SEED=n replays a run; the seed is printed.
+// model's, conservation; every 32nd, the core's own walk of every page. Here: quotas, reserves, and
+// that nothing is left when everybody is gone. THINKV_SEED=n replays a run; the seed is printed.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -27,7 +27,9 @@ uint64_t seed() {
 class RandomRun {
  public:
   explicit RandomRun(uint64_t seed)
-      : random_(seed), config_(base_config()), h_({kExtents * kExtent, kExtent}, config_) {}
+      : random_(seed), config_(base_config()), h_({kExtents * kExtent, kExtent}, config_) {
+    h_.walk_every(32);
+  }
 
   void operate() {
     const uint32_t dice = below(100);
@@ -80,8 +82,8 @@ class RandomRun {
     }
   }
 
-  // Tenant "a" has the only reserve, and only its own user in class 0 after everybody of it left: then
-  // the whole reserve can be had, whatever the others hold.
+  // Tenant "a" has the only reserve, and only its own user in class 0 after everybody of it left:
+  // then the whole reserve can be had, whatever the others hold.
   void check_reserve() {
     for (const ClientId id : h_.living()) {
       if (h_.client(id).tenant == tenant_a()) h_.die(id);
@@ -177,7 +179,9 @@ class RandomRun {
         h_.give_back_raw(id, c, {page});
         break;
       }
-      case 1: h_.step(core::GrantsConsumed{id, c, 40'000}); break;
+      case 1:
+        h_.step(core::GrantsConsumed{id, c, 40'000});
+        break;
       case 2:
         if (other.id == id || other.held[c].empty()) return;
         h_.give_back_raw(id, c, {other.held[c].back()});

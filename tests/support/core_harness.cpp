@@ -8,7 +8,9 @@
 namespace thinkv::testing {
 namespace {
 
-uint64_t bytes_of_class(uint32_t page_class) { return page_bytes(kHeadDims[page_class]); }
+uint64_t bytes_of_class(uint32_t page_class) {
+  return page_bytes(kHeadDims[page_class]);
+}
 
 }  // namespace
 
@@ -125,6 +127,7 @@ void CoreHarness::act(const core::Actions& actions, const core::GrantPages& a) {
     EXPECT_EQ(extent->second.page_class, a.page_class);
     EXPECT_LT(page.index(), extent->second.page_count);
     EXPECT_TRUE(owners_.emplace(raw, a.client.value()).second) << "page " << raw << " twice";
+    used_[c.tenant.value()] += bytes_of_class(a.page_class);
     c.ring[a.page_class].push_back(raw);
   }
   EXPECT_LE(c.ring[a.page_class].size(), limits::kGrantRing);
@@ -160,7 +163,9 @@ void CoreHarness::act(const core::Actions&, const core::Disconnect& a) {
   client(a.client).text = a.text;
   client(a.client).refused = a.code;
 }
-void CoreHarness::act(const core::Actions&, const core::ReloadResult& a) { reload_result_ = a; }
+void CoreHarness::act(const core::Actions&, const core::ReloadResult& a) {
+  reload_result_ = a;
+}
 
 void CoreHarness::finish_creations() {
   const bool held = hold_;
@@ -178,12 +183,22 @@ void CoreHarness::finish_creations() {
   hold_ = held;
 }
 
+void CoreHarness::disown(uint32_t raw) {
+  const FakeClient& c = clients_.at(owners_.at(raw));
+  used_[c.tenant.value()] -= bytes_of_class(c.extents.at(PageId(raw).extent().value()).page_class);
+  owners_.erase(raw);
+}
+
 void CoreHarness::forget(ClientId id, core::EndCause cause) {
   const auto found = clients_.find(id.value());
   if (found == clients_.end() || found->second.ended || !found->second.admitted) return;
   found->second.ended = true;
   found->second.end_cause = cause;
-  std::erase_if(owners_, [&](const auto& item) { return item.second == id.value(); });
+  std::vector<uint32_t> pages;
+  for (const auto& [raw, owner] : owners_) {
+    if (owner == id.value()) pages.push_back(raw);
+  }
+  for (const uint32_t raw : pages) disown(raw);
 }
 
 ClientId CoreHarness::connect(uint32_t uid, uint64_t process) {
@@ -192,23 +207,30 @@ ClientId CoreHarness::connect(uint32_t uid, uint64_t process) {
   c.id = id;
   c.uid = uid;
   c.process = core::ProcessKey(process != 0 ? process : next_process_++);
-  step(core::ClientConnected{
-      .client = id, .process = c.process, .pid = 7, .uid = uid, .gid = uid, .groups = {}, .name = "t"});
+  step(core::ClientConnected{.client = id,
+                             .process = c.process,
+                             .pid = 7,
+                             .uid = uid,
+                             .gid = uid,
+                             .groups = {},
+                             .name = "t"});
   return id;
 }
 
 void CoreHarness::register_model(ClientId id, uint32_t head_dim, uint32_t layers,
                                  uint32_t kv_heads) {
-  step(core::ModelRegistered{
-      .client = id,
-      .request_id = 5,
-      .geometry = {.layers = layers, .q_heads = kv_heads, .kv_heads = kv_heads, .head_dim = head_dim},
-      .name = "m"});
+  step(core::ModelRegistered{.client = id,
+                             .request_id = 5,
+                             .geometry = {.layers = layers,
+                                          .q_heads = kv_heads,
+                                          .kv_heads = kv_heads,
+                                          .head_dim = head_dim},
+                             .name = "m"});
 }
 
 const protocol::Completion& CoreHarness::raw_request(ClientId id, const protocol::Request& r) {
-  static const protocol::Completion kNone{.user_data = 0, .status = -1, .detail = 0, .result = {},
-                                          .reserved0 = 0};
+  static const protocol::Completion kNone{
+      .user_data = 0, .status = -1, .detail = 0, .result = {}, .reserved0 = 0};
   const size_t before = client(id).completions.size();
   step(core::RequestArrived{id, r});
   if (client(id).completions.size() == before) return kNone;  // waits
@@ -255,7 +277,7 @@ void CoreHarness::give_back(ClientId id, uint32_t page_class, size_t count) {
   count = std::min(count, held.size());
   const std::vector<uint32_t> pages(held.end() - static_cast<std::ptrdiff_t>(count), held.end());
   held.resize(held.size() - count);
-  for (const uint32_t page : pages) owners_.erase(page);
+  for (const uint32_t page : pages) disown(page);
   step(core::PagesReturned{id, page_class, pages});
 }
 
@@ -263,8 +285,12 @@ void CoreHarness::give_back_raw(ClientId id, uint32_t page_class, std::vector<ui
   step(core::PagesReturned{id, page_class, pages});
 }
 
-void CoreHarness::end(ClientId id, core::EndCause cause) { step(core::ClientGone{id, cause}); }
-void CoreHarness::exit_process(core::ProcessKey process) { step(core::ProcessExited{process}); }
+void CoreHarness::end(ClientId id, core::EndCause cause) {
+  step(core::ClientGone{id, cause});
+}
+void CoreHarness::exit_process(core::ProcessKey process) {
+  step(core::ProcessExited{process});
+}
 void CoreHarness::die(ClientId id) {
   end(id);
   exit_process(client(id).process);
@@ -297,21 +323,17 @@ std::vector<ClientId> CoreHarness::living() const {
 }
 
 void CoreHarness::check() {
-  const char* broken = service_->check_invariants();
-  ASSERT_EQ(broken, nullptr) << broken;
+  if (++steps_ % walk_every_ == 0) {
+    const char* broken = service_->check_invariants();
+    ASSERT_EQ(broken, nullptr) << broken;
+  }
   const core::Snapshot s = snapshot();
-  std::map<uint32_t, uint64_t> used;
   uint64_t total = 0;
-  for (const auto& [raw, owner] : owners_) {
-    const FakeClient& c = clients_.at(owner);
-    const uint64_t bytes = bytes_of_class(c.extents.at(PageId(raw).extent().value()).page_class);
-    used[c.tenant.value()] += bytes;
-    total += bytes;
+  for (const core::TenantSnapshot& t : s.tenants) {
+    EXPECT_EQ(t.used_bytes, used_[t.id.value()]) << t.name;
+    total += t.used_bytes;
   }
   EXPECT_EQ(s.bytes_granted, total);
-  for (const core::TenantSnapshot& t : s.tenants) {
-    EXPECT_EQ(t.used_bytes, used[t.id.value()]) << t.name;
-  }
   EXPECT_EQ(s.extents_assigned, device_.alive_count());
   EXPECT_EQ(s.clients.size(), living().size());
 }

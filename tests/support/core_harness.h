@@ -8,6 +8,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "daemon/core/service.h"
@@ -72,7 +73,10 @@ class CoreHarness {
   [[nodiscard]] size_t owned_pages() const { return owners_.size(); }
   [[nodiscard]] const core::Actions& last_actions() const { return actions_; }
   [[nodiscard]] std::vector<ClientId> living() const;
-  void check();  // model against snapshot
+  // The core's walk of every page: after each `steps`-th step (1 until told). The comparison with
+  // the model is after every step.
+  void walk_every(uint64_t steps) { walk_every_ = steps; }
+  void check();
 
  private:
   struct Backing {  // of one extent, while its memory exists
@@ -93,6 +97,7 @@ class CoreHarness {
   void act(const core::Actions& actions, const core::Disconnect& a);
   void act(const core::Actions& actions, const core::ReloadResult& a);
   void forget(ClientId id, core::EndCause cause);  // the model's half of the end of a client
+  void disown(uint32_t raw);
   FakeClient& expect_alive(ClientId id, const char* action);
 
   std::unique_ptr<core::Service> service_;
@@ -103,10 +108,13 @@ class CoreHarness {
   uint64_t next_process_ = 1'000'000;
   bool hold_ = false;
   std::map<uint64_t, FakeClient> clients_;
-  std::map<uint32_t, uint64_t> owners_;  // raw page -> client
+  std::unordered_map<uint32_t, uint64_t> owners_;  // raw page -> client
+  std::map<uint32_t, uint64_t> used_;              // tenant -> bytes
+  uint64_t walk_every_ = 1;
+  uint64_t steps_ = 0;
   std::map<uint32_t, Backing> backing_;  // extent -> memory
   std::map<uint32_t, uint32_t> generations_;
-  std::deque<core::Event> events_;       // answers of the device
+  std::deque<core::Event> events_;  // answers of the device
   std::vector<core::CreateExtent> held_creations_;
   core::ReloadResult reload_result_;
 };

@@ -41,8 +41,8 @@ class FakeDaemon {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     std::memcpy(address.sun_path, path_.c_str(), path_.size() + 1);
-    THINKV_CHECK(::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address),
-                        sizeof(address)) == 0);
+    THINKV_CHECK(::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) ==
+                 0);
     THINKV_CHECK(::listen(listener_.get(), 4) == 0);
     thread_ = std::thread([this] { serve(); });
   }
@@ -61,9 +61,8 @@ class FakeDaemon {
   void serve() {
     UniqueFd peer;
     while (!stopping_.load()) {
-      pollfd entry{.fd = peer.valid() ? peer.get() : listener_.get(),
-                   .events = POLLIN,
-                   .revents = 0};
+      pollfd entry{
+          .fd = peer.valid() ? peer.get() : listener_.get(), .events = POLLIN, .revents = 0};
       if (::poll(&entry, 1, 5) <= 0) continue;
       if (!peer.valid()) {
         peer = UniqueFd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
@@ -127,9 +126,8 @@ class FakeDaemon {
   }
 
   void map_regions() {
-    daemon_ = static_cast<shm::DaemonRegion*>(::mmap(nullptr, sizeof(*daemon_),
-                                                     PROT_READ | PROT_WRITE, MAP_SHARED,
-                                                     daemon_fd_.get(), 0));
+    daemon_ = static_cast<shm::DaemonRegion*>(
+        ::mmap(nullptr, sizeof(*daemon_), PROT_READ | PROT_WRITE, MAP_SHARED, daemon_fd_.get(), 0));
     client_ = static_cast<shm::ClientRegion*>(
         ::mmap(nullptr, sizeof(*client_), PROT_READ, MAP_SHARED, client_fd_.get(), 0));
     daemon_->magic = faults_.wrong_magic ? 0 : shm::kMagicDaemon;

@@ -6,7 +6,6 @@
 // Threads: run() in one thread; the constructor, stop() and the counters from any.
 #pragma once
 
-
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <sys/mman.h>
@@ -41,7 +40,7 @@ class RingDaemon {
     shm::DaemonRegion* out = nullptr;
     const shm::ClientRegion* in = nullptr;
     uint32_t page_class = 0;
-    uint32_t pages = 0;    // of extent 0 that this client may have
+    uint32_t pages = 0;         // of extent 0 that this client may have
     bool always_sleep = false;  // leaves a pause before each answer, so that the client sleeps
     bool mute = false;          // answers nothing
   };

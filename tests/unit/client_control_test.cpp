@@ -32,8 +32,8 @@ TEST(ControlDecode, AcceptsEveryMessageOfADaemon) {
   ControlMessage m;
   EXPECT_TRUE(decode_control(packet(MessageType::kWelcome, 3, protocol::Welcome{}), 3, m));
   EXPECT_TRUE(decode_control(packet(MessageType::kRefused, 0, protocol::Refused{}), 0, m));
-  EXPECT_TRUE(decode_control(
-      packet(MessageType::kModelRegistered, 0, protocol::ModelRegistered{}), 0, m));
+  EXPECT_TRUE(
+      decode_control(packet(MessageType::kModelRegistered, 0, protocol::ModelRegistered{}), 0, m));
   EXPECT_TRUE(decode_control(packet(MessageType::kPolicyReply, 0, protocol::PolicyReply{}), 0, m));
   EXPECT_TRUE(decode_control(packet(MessageType::kStatusReply, 1, protocol::StatusReply{}), 1, m));
   protocol::Extent extent{};

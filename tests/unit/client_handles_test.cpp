@@ -13,7 +13,9 @@
 namespace thinkv::client {
 namespace {
 
-HandleTable& table() { return HandleTable::instance(); }
+HandleTable& table() {
+  return HandleTable::instance();
+}
 constexpr HandleKind kKind = HandleKind::kSequence;
 
 ErrorCode pin_error(Handle handle, HandleKind kind, Use use = Use::kShared) {

@@ -86,8 +86,12 @@ TEST(CoreConfig, TenantIsFoundByUserThenGroupThenDefault) {
   uint64_t next = 0;
   const auto tenant_of = [&](uint32_t uid, uint32_t gid, std::vector<uint32_t> groups) {
     ++next;
-    service->step(core::ClientConnected{.client = ClientId(next), .process = core::ProcessKey(next),
-                                        .uid = uid, .gid = gid, .groups = groups, .name = {}},
+    service->step(core::ClientConnected{.client = ClientId(next),
+                                        .process = core::ProcessKey(next),
+                                        .uid = uid,
+                                        .gid = gid,
+                                        .groups = groups,
+                                        .name = {}},
                   next, &actions);
     return std::get<core::Admit>(actions.list.at(0)).tenant_name;
   };

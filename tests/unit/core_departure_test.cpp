@@ -33,7 +33,8 @@ class CoreDeparture : public ::testing::Test {
     EXPECT_EQ(h_.client(hostile_).refused, ErrorCode::kInvalidArgument);
     EXPECT_FALSE(h_.client(victim_).ended);
     EXPECT_EQ(h_.snapshot().counters.violations, 1u);
-    EXPECT_EQ(h_.owned_pages(), h_.client(victim_).held[0].size() + h_.client(victim_).ring[0].size());
+    EXPECT_EQ(h_.owned_pages(),
+              h_.client(victim_).held[0].size() + h_.client(victim_).ring[0].size());
     h_.give_back(victim_, 0, 10);
     EXPECT_FALSE(h_.client(victim_).ended);
   }
@@ -221,12 +222,13 @@ TEST(CoreReclaim, ThousandSequencesWithinTenMilliseconds) {
       if (granted >= 8'192'000) events.resize(std::min(events.size(), i + 1));
     }
   };
-  step(core::ClientConnected{.client = id, .process = core::ProcessKey(1), .uid = 1, .groups = {},
-                             .name = {}});
-  step(core::ModelRegistered{.client = id,
-                             .request_id = 0,
-                             .geometry = {.layers = 256, .q_heads = 32, .kv_heads = 32, .head_dim = 128},
-                             .name = {}});
+  step(core::ClientConnected{
+      .client = id, .process = core::ProcessKey(1), .uid = 1, .groups = {}, .name = {}});
+  step(core::ModelRegistered{
+      .client = id,
+      .request_id = 0,
+      .geometry = {.layers = 256, .q_heads = 32, .kv_heads = 32, .head_dim = 128},
+      .name = {}});
   ASSERT_GE(granted, 8'192'000u);
   protocol::Request open{};
   open.op = static_cast<uint16_t>(protocol::Op::kOpenSequence);

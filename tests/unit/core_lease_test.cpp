@@ -13,7 +13,9 @@ constexpr int32_t kQuota = static_cast<int32_t>(ErrorCode::kQuotaExceeded);
 constexpr int32_t kExhausted = static_cast<int32_t>(ErrorCode::kExhausted);
 constexpr int32_t kInvalid = static_cast<int32_t>(ErrorCode::kInvalidArgument);
 
-core::PoolOptions pool_of(uint64_t extents) { return {extents * kExtent, kExtent}; }
+core::PoolOptions pool_of(uint64_t extents) {
+  return {extents * kExtent, kExtent};
+}
 
 core::Config two_tenants(uint64_t reserve_a, uint64_t reserve_b, uint64_t limit_a = 0) {
   core::Config config = simple_config();

@@ -11,7 +11,9 @@ namespace {
 using protocol::Op;
 using protocol::Request;
 
-constexpr int32_t code(ErrorCode c) { return static_cast<int32_t>(c); }
+constexpr int32_t code(ErrorCode c) {
+  return static_cast<int32_t>(c);
+}
 
 class CoreRequest : public ::testing::Test {
  protected:
@@ -110,10 +112,10 @@ TEST_F(CoreRequest, UnknownOperationsAreRefusedAndCounted) {
 
 TEST_F(CoreRequest, ReservedFieldsMustBeZero) {
   const std::vector<std::function<void(Request&)>> spoilers = {
-      [](Request& r) { r.flags = 1; },      [](Request& r) { r.size = 63; },
-      [](Request& r) { r.size = 0; },       [](Request& r) { r.reserved0 = 1; },
-      [](Request& r) { r.reserved1 = 1; },  [](Request& r) { r.arg[3] = 1; },
-      [](Request& r) { r.handle = 1; },     [](Request& r) { r.arg[2] = 1; },
+      [](Request& r) { r.flags = 1; },     [](Request& r) { r.size = 63; },
+      [](Request& r) { r.size = 0; },      [](Request& r) { r.reserved0 = 1; },
+      [](Request& r) { r.reserved1 = 1; }, [](Request& r) { r.arg[3] = 1; },
+      [](Request& r) { r.handle = 1; },    [](Request& r) { r.arg[2] = 1; },
   };
   for (size_t i = 0; i < spoilers.size(); ++i) {
     Request r = make(Op::kNeedPages);

@@ -74,6 +74,13 @@ TEST_P(Medoids, TargetOneIsTheMedoidOfAll) {
   EXPECT_EQ(keep(*GetParam(), keys, 1, 1), (std::vector<uint8_t>{0, 0, 1, 0, 0}));
 }
 
+// Starts are 4, 4 and 0; the second is empty in the first round, because ties go to the lower
+// cluster. It keeps its centre, takes the fours once the first has moved to 5, and so frees the 9.
+TEST_P(Medoids, AnEmptyClusterKeepsItsCentre) {
+  const std::vector<float> keys = {4, 4, 4, 4, 9, 0};
+  EXPECT_EQ(keep(*GetParam(), keys, 1, 3), (std::vector<uint8_t>{1, 0, 0, 0, 1, 1}));
+}
+
 // Mean 3 of {0, 2, 3.5, 6.5}: row 2 is nearest. A weight of 100 on row 3 moves the centre there.
 TEST_P(Medoids, WeightsMoveTheChoice) {
   const std::vector<float> keys = {0, 2, 3.5f, 6.5f};

@@ -227,7 +227,7 @@ TEST(SequencePolicy, MedoidsKeepOneTokenOfEachCluster) {
   World world(geometry, policy);
   for (uint32_t t = 0; t < 130; ++t) {
     std::vector<float> k(64, 0.0f), v(64, 0.1f);
-    k[(t / 16) * 8] = 50.0f;  // 8 clusters of 16 tokens
+    k[(t / 16) % 8 * 8] = 50.0f;  // 8 clusters of 16 tokens
     k[63] = 0.01f * static_cast<float>(t % 16);
     ASSERT_TRUE(world.sequence.begin_step().has_value());
     ASSERT_TRUE(world.sequence.append(0, k.data(), v.data()).has_value());

@@ -24,12 +24,16 @@ ErrorCode code_for(int error) {
     case ENOMEM:
     case ENOSPC:
     case EMFILE:
-    case ENFILE: return ErrorCode::kExhausted;
-    default: return ErrorCode::kDeviceFailed;
+    case ENFILE:
+      return ErrorCode::kExhausted;
+    default:
+      return ErrorCode::kDeviceFailed;
   }
 }
 
-Error os_failure(const char* what) { return make_error(code_for(errno), what, errno); }
+Error os_failure(const char* what) {
+  return make_error(code_for(errno), what, errno);
+}
 
 Result<UniqueFd> open_memory(ExtentId extent) {
   char name[32];
@@ -90,7 +94,9 @@ Status HostDevice::create_extent(ExtentId extent, uint64_t bytes) {
   return {};
 }
 
-void HostDevice::release_extent(ExtentId extent) { extents_.erase(extent); }
+void HostDevice::release_extent(ExtentId extent) {
+  extents_.erase(extent);
+}
 
 Result<int> HostDevice::export_fd(ExtentId extent) const {
   const auto found = extents_.find(extent);
