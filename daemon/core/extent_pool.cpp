@@ -192,8 +192,13 @@ std::array<uint64_t, kPageClassCount> ExtentPool::reclaim(ClientSlot client) {
     extent.sent.reset(client.value());
     const uint32_t expected = held(index, client);
     if (expected == 0) continue;
-    const uint32_t got = extent.pages.reclaim(owner_of(client));
-    THINKV_CHECK(got == expected);
+    uint32_t got = expected;
+    if (expected == extent.pages.granted_count()) {
+      extent.pages.reclaim_all();
+    } else {
+      got = extent.pages.reclaim(owner_of(client));
+      THINKV_CHECK(got == expected);
+    }
     held(index, client) = 0;
     Account& book = account(extent.shelf);
     book.free += got;

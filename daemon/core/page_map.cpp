@@ -132,6 +132,11 @@ uint32_t PageMap::reclaim(Owner owner) {
   return free_count_ - before;
 }
 
+void PageMap::reclaim_all() {
+  std::fill_n(owners_.begin(), page_count_, kFree);
+  mark_all_free();
+}
+
 const char* PageMap::check_invariants() const {
   uint32_t free = 0;
   for (uint32_t i = 0; i < owners_.size(); ++i) {

@@ -35,6 +35,8 @@ class PageMap {
   void give_back(uint32_t index);
   // Frees every page of `owner`; returns how many. Requires: owner != kFree.
   uint32_t reclaim(Owner owner);
+  // Frees every page; for an extent with one owner, whose pages need not be told apart.
+  void reclaim_all();
 
   // Null, or what is inconsistent. O(pages).
   [[nodiscard]] const char* check_invariants() const;

@@ -1,7 +1,7 @@
 // Ring descriptors, returned page ids and consumption of a hostile client, into the shipping core.
 //
 // The input is a list of steps of a fixed size; the fuzzer plays two clients of two tenants and
-// the device. Properties: no check fires, the core's invariants hold after every event, each
+// the device. Properties: no check fires, the core's invariants hold, each
 // request is answered exactly once, and after both clients died nothing is held.
 #include <array>
 #include <cstddef>
@@ -98,6 +98,7 @@ class World {
       if (alive_[id]) feed(core::ClientGone{ClientId(id), core::EndCause::kKilled});
       feed(core::ProcessExited{core::ProcessKey(id)});
     }
+    THINKV_CHECK(service_->check_invariants() == nullptr);
     core::Snapshot snapshot;
     service_->snapshot(&snapshot);
     THINKV_CHECK(snapshot.bytes_granted == 0);
@@ -122,7 +123,8 @@ class World {
         alive_[disconnect->client.value()] = false;
       }
     }
-    THINKV_CHECK(service_->check_invariants() == nullptr);
+    // The walk over all pages costs more than the events: every 16th, and at the end.
+    if (now_ % 16 == 0) THINKV_CHECK(service_->check_invariants() == nullptr);
   }
 
   std::unique_ptr<core::Service> service_;

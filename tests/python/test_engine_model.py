@@ -32,7 +32,9 @@ class Forward(unittest.TestCase):
         for prompt in (1, 17, 59):
             rows = self.stepped(ExactCache(TINY, capacity=4), prompt)
             log_probs = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
-            np.testing.assert_allclose(log_probs, self.block(prompt), atol=2e-5)
+            # Products in another order: a few units in the last place of values around 10, through
+            # two layers. A wrong position or mask changes the numbers by more than 0.1.
+            np.testing.assert_allclose(log_probs, self.block(prompt), atol=2e-4)
 
     def test_everything_stays_float32(self) -> None:
         cache = ExactCache(TINY)

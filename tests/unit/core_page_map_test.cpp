@@ -43,6 +43,18 @@ TEST(PageMap, ReclaimTakesOnlyTheOwnersPages) {
   for (uint32_t i = 0; i < 1000; ++i) EXPECT_EQ(map.owner(i), i % 3 == 0 ? 0 : 8) << i;
 }
 
+TEST(PageMap, ReclaimAllFreesEveryPageAndNoMore) {
+  PageMap map(1000);
+  map.reset(777);
+  std::vector<uint32_t> out(500);
+  map.take(3, out);
+  map.reclaim_all();
+  EXPECT_EQ(map.free_count(), 777u);
+  EXPECT_EQ(map.check_invariants(), nullptr);
+  out.resize(1000);
+  EXPECT_EQ(map.take(4, out), 777u);
+}
+
 // The four-lane comparison must not confuse owners that differ in one bit, or the highest bits.
 TEST(PageMap, ReclaimTellsSimilarOwnersApart) {
   const std::vector<uint16_t> owners = {1, 2, 0x0100, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0xFFFE};

@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+CANDIDATES = 512  # most likely tokens that a draw considers: sorting the whole vocabulary is slow
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
@@ -48,7 +50,8 @@ class Sampler:
         return int(scores.argmax())
 
     def _random_one(self, scores: np.ndarray) -> int:
-        top = np.argpartition(scores, -512)[-512:]
+        count = min(CANDIDATES, len(scores))
+        top = np.argpartition(scores, -count)[-count:]
         top = top[np.argsort(-scores[top], kind="stable")]
         probs = np.exp((scores[top] - scores[top[0]]) / np.float32(self._options.temperature))
         probs /= probs.sum()
