@@ -21,13 +21,18 @@ uint64_t realtime_ns() {
   return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(now.tv_nsec);
 }
 
-double unix_seconds() { return static_cast<double>(realtime_ns()) / 1e9; }
+double unix_seconds() {
+  return static_cast<double>(realtime_ns()) / 1e9;
+}
 
 mode_t mode_of(ops::SocketAccess access) {
   switch (access) {
-    case ops::SocketAccess::kUser: return 0600;
-    case ops::SocketAccess::kGroup: return 0660;
-    case ops::SocketAccess::kEveryone: return 0666;
+    case ops::SocketAccess::kUser:
+      return 0600;
+    case ops::SocketAccess::kGroup:
+      return 0660;
+    case ops::SocketAccess::kEveryone:
+      return 0666;
   }
   return 0600;
 }
@@ -54,8 +59,7 @@ ops::ServerReport report_of(const ipc::ServerCounters& from, size_t connections)
   to.loop_lag_ns = from.loop_lag_ns;
   to.loop_lag_max_ns = from.loop_lag_max_ns;
   for (uint32_t i = 0; i < ipc::kRejectionCount; ++i) {
-    to.rejected.emplace_back(ipc::rejection_name(static_cast<ipc::Rejection>(i)),
-                             from.rejected[i]);
+    to.rejected.emplace_back(ipc::rejection_name(static_cast<ipc::Rejection>(i)), from.rejected[i]);
   }
   return to;
 }
@@ -183,8 +187,8 @@ void Daemon::start_metrics() {
     return;
   }
   metrics_ = std::move(*started);
-  report_.metrics = "http://" + config.metrics_address + ":" + std::to_string(metrics_->port()) +
-                    "/metrics";
+  report_.metrics =
+      "http://" + config.metrics_address + ":" + std::to_string(metrics_->port()) + "/metrics";
 }
 
 void Daemon::arm_signals() {
@@ -206,8 +210,8 @@ void Daemon::on_signal(int signal) {
 
 Status Daemon::run() {
   const ops::Config& config = settings_.config;
-  spdlog::info("serving on {}, pool {} on backend {}, {} policies, metrics {}",
-               config.socket_path, ops::format_bytes(config.pool_bytes), device_->name(),
+  spdlog::info("serving on {}, pool {} on backend {}, {} policies, metrics {}", config.socket_path,
+               ops::format_bytes(config.pool_bytes), device_->name(),
                settings_.policies.policies.size(), report_.metrics);
   tick();
   ops::notify_ready();
@@ -223,8 +227,7 @@ void Daemon::reload() {
   state.successful = try_reload(&problems);
   state.problems.clear();
   for (const std::string& problem : problems) {
-    spdlog::log(state.successful ? spdlog::level::warn : spdlog::level::err, "reload: {}",
-                problem);
+    spdlog::log(state.successful ? spdlog::level::warn : spdlog::level::err, "reload: {}", problem);
     state.problems.append(state.problems.empty() ? "" : "\n").append(problem);
   }
   if (state.successful) {
@@ -262,9 +265,13 @@ Status Daemon::create_extent(ExtentId extent, uint64_t bytes) {
   return device_->create_extent(extent, bytes);
 }
 
-void Daemon::release_extent(ExtentId extent) { device_->release_extent(extent); }
+void Daemon::release_extent(ExtentId extent) {
+  device_->release_extent(extent);
+}
 
-Result<int> Daemon::export_fd(ExtentId extent) const { return device_->export_fd(extent); }
+Result<int> Daemon::export_fd(ExtentId extent) const {
+  return device_->export_fd(extent);
+}
 
 std::string Daemon::status_json() {
   fill_report();

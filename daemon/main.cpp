@@ -2,8 +2,8 @@
 //
 // Exit status: 0 after SIGTERM or SIGINT; 1 when the start failed or the loop broke; 2 for a bad
 // configuration; CLI11's own codes for bad arguments.
-#include <CLI/CLI.hpp>
 #include <spdlog/spdlog.h>
+#include <CLI/CLI.hpp>
 
 #include <cstdio>
 #include <exception>
@@ -24,10 +24,9 @@ struct Arguments {
 };
 
 void describe(CLI::App* app, Arguments* arguments) {
-  app->set_version_flag("--version",
-                        std::string("thinkvd ") + thinkv::kVersionText + ", protocol " +
-                            std::to_string(thinkv::kProtocolMajor) + "." +
-                            std::to_string(thinkv::kProtocolMinor));
+  app->set_version_flag("--version", std::string("thinkvd ") + thinkv::kVersionText +
+                                         ", protocol " + std::to_string(thinkv::kProtocolMajor) +
+                                         "." + std::to_string(thinkv::kProtocolMinor));
   app->add_option("--config", arguments->overrides.config_file,
                   "configuration file; without it the defaults are used")
       ->envname("THINKV_CONFIG")
@@ -46,8 +45,7 @@ void describe(CLI::App* app, Arguments* arguments) {
 
 int run(const Arguments& arguments) {
   std::vector<std::string> problems;
-  std::optional<thinkv::Settings> settings =
-      thinkv::load_settings(arguments.overrides, &problems);
+  std::optional<thinkv::Settings> settings = thinkv::load_settings(arguments.overrides, &problems);
   for (const std::string& problem : problems) std::fprintf(stderr, "%s\n", problem.c_str());
   if (!settings) return 2;
   if (arguments.check_config) {

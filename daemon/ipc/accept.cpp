@@ -27,8 +27,8 @@ void Server::arm_accept() {
 void Server::on_acceptable() {
   constexpr int kAcceptsPerTurn = 16;
   for (int i = 0; i < kAcceptsPerTurn; ++i) {
-    UniqueFd fd(::accept4(acceptor_.native_handle(), nullptr, nullptr,
-                          SOCK_CLOEXEC | SOCK_NONBLOCK));
+    UniqueFd fd(
+        ::accept4(acceptor_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (fd.valid()) {
       accept_one(std::move(fd));
       continue;
@@ -53,8 +53,8 @@ void Server::shed_connection() {
   }
   reserve_fd_.reset();
   // Accepted and closed: the client sees the end of the connection and not a hang.
-  const UniqueFd unlucky(::accept4(acceptor_.native_handle(), nullptr, nullptr,
-                                   SOCK_CLOEXEC | SOCK_NONBLOCK));
+  const UniqueFd unlucky(
+      ::accept4(acceptor_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
   reserve_fd_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
 }
 

@@ -120,7 +120,9 @@ void Server::perform(const core::Complete& action) {
 }
 
 // Committing 64 MiB takes some 10 ms: one extent a turn, so that rings are served in between.
-void Server::perform(const core::CreateExtent& action) { creations_.push_back(action); }
+void Server::perform(const core::CreateExtent& action) {
+  creations_.push_back(action);
+}
 
 void Server::create_one_extent() {
   if (creations_.empty()) return;
@@ -135,13 +137,14 @@ void Server::create_one_extent() {
       spdlog::error("extent {} of {} bytes cannot be made: {} (errno {})", next.extent.value(),
                     next.bytes, error.what, error.os_error);
     }
-    feed(core::ExtentFailed{next.extent, error.os_error,
-                            error.code == ErrorCode::kDeviceFailed});
+    feed(core::ExtentFailed{next.extent, error.os_error, error.code == ErrorCode::kDeviceFailed});
   }
   publish_dirty();
 }
 
-void Server::perform(const core::ReleaseExtent& action) { host_->release_extent(action.extent); }
+void Server::perform(const core::ReleaseExtent& action) {
+  host_->release_extent(action.extent);
+}
 
 void Server::perform(const core::Disconnect& action) {
   Connection* connection = engine(action.client);
@@ -155,7 +158,9 @@ void Server::perform(const core::Disconnect& action) {
   finish(*connection);
 }
 
-void Server::perform(const core::ReloadResult& action) { reload_result_ = action; }
+void Server::perform(const core::ReloadResult& action) {
+  reload_result_ = action;
+}
 
 void Server::mark_dirty(Connection& connection) {
   if (connection.dirty) return;

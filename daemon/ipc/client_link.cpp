@@ -40,8 +40,8 @@ template <uint32_t... kClass>
 auto return_rings(shm::DaemonRegion* out, const shm::ClientRegion* in,
                   std::integer_sequence<uint32_t, kClass...>) {
   using Ring = RingConsumer<uint32_t, limits::kReturnRing>;
-  return std::array<Ring, kPageClassCount>{Ring(
-      in->returns[kClass], &in->return_tail[kClass].value, &out->return_head[kClass].value)...};
+  return std::array<Ring, kPageClassCount>{Ring(in->returns[kClass], &in->return_tail[kClass].value,
+                                                &out->return_head[kClass].value)...};
 }
 
 constexpr std::make_integer_sequence<uint32_t, kPageClassCount> kEachClass{};
@@ -64,11 +64,11 @@ void fill_client_header(void* bytes) {
 }  // namespace
 
 Result<std::unique_ptr<ClientLink>> ClientLink::create(uint64_t boot_epoch) {
-  THINKV_ASSIGN_OR_RETURN(
-      MemfdRegion daemon, MemfdRegion::create("thinkv-daemon", sizeof(shm::DaemonRegion),
+  THINKV_ASSIGN_OR_RETURN(MemfdRegion daemon,
+                          MemfdRegion::create("thinkv-daemon", sizeof(shm::DaemonRegion),
                                               RegionWriter::kDaemon, fill_daemon_header));
-  THINKV_ASSIGN_OR_RETURN(
-      MemfdRegion client, MemfdRegion::create("thinkv-client", sizeof(shm::ClientRegion),
+  THINKV_ASSIGN_OR_RETURN(MemfdRegion client,
+                          MemfdRegion::create("thinkv-client", sizeof(shm::ClientRegion),
                                               RegionWriter::kClient, fill_client_header));
   UniqueFd bell(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!bell.valid()) return make_error(ErrorCode::kExhausted, "eventfd", errno);
@@ -203,7 +203,9 @@ void ClientLink::close(ErrorCode code) {
   wake();
 }
 
-uint32_t ClientLink::requests_waiting() { return requests_.available(); }
+uint32_t ClientLink::requests_waiting() {
+  return requests_.available();
+}
 
 ReportedCounters ClientLink::counters() const {
   const shm::ClientCounters& from = in_->counters;

@@ -105,7 +105,7 @@ class ClientLink {
   std::array<ReturnRing, kPageClassCount> returns_;
   std::array<uint64_t, kPageClassCount> consumed_{};
   uint32_t unanswered_ = 0;
-  bool taken_ = false;   // entries since publish()
+  bool taken_ = false;  // entries since publish()
   bool pushed_ = false;
   bool parked_ = false;
   bool stalled_ = false;

@@ -33,7 +33,7 @@ class TokenBucket {
   [[nodiscard]] bool take(uint64_t now_ns);
 
  private:
-  uint64_t cost_ns_;   // of one message
+  uint64_t cost_ns_;  // of one message
   uint64_t burst_ns_;
   uint64_t credit_ns_;
   uint64_t last_ns_;
@@ -75,8 +75,8 @@ class Connection {
   // Engines only.
   std::unique_ptr<ClientLink> link;
   std::unique_ptr<boost::asio::posix::stream_descriptor> bell;  // a duplicate of the link's
-  bool hot = false;             // its rings are polled
-  bool dirty = false;           // its rings have something to publish
+  bool hot = false;                                             // its rings are polled
+  bool dirty = false;  // its rings have something to publish
   uint64_t last_work_ns = 0;
   uint64_t stalled_since_ns = 0;  // 0: it reads
   bool write_armed = false;

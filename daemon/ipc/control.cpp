@@ -158,8 +158,7 @@ void Server::admit_engine(Connection& connection, uint32_t request_id, UniqueFd 
   Result<std::unique_ptr<ClientLink>> link = ClientLink::create(options_.boot_epoch);
   if (!link) {
     return reject(connection, request_id, Rejection::kResources, link.error().code,
-                  std::string("no memory or descriptors for another client: ") +
-                      link.error().what);
+                  std::string("no memory or descriptors for another client: ") + link.error().what);
   }
   connection.link = std::move(*link);
   connection.process_key =
@@ -187,14 +186,15 @@ void Server::on_status(Connection& connection, uint32_t request_id) {
 
 void Server::send(Connection& connection, const Packet& packet, std::span<const int> fds) {
   switch (connection.send(packet, fds)) {
-    case SendResult::kSent: return;
-    case SendResult::kQueued: return arm_write(connection);
+    case SendResult::kSent:
+      return;
+    case SendResult::kQueued:
+      return arm_write(connection);
     case SendResult::kOverflow:
       if (connection.state == State::kEngine) {
         connection.link->close(ErrorCode::kExhausted);
         // Not at once: the caller is in the middle of a list of actions about this client.
-        follow_ups_.emplace_back(
-            core::ClientGone{ClientId(connection.id), core::EndCause::kSlow});
+        follow_ups_.emplace_back(core::ClientGone{ClientId(connection.id), core::EndCause::kSlow});
       }
       return drop(connection);
     case SendResult::kGone:
@@ -238,12 +238,14 @@ void Server::on_writable(uint64_t id) {
   connection.write_armed = false;
   if (connection.state == State::kClosed) return;
   switch (connection.flush()) {
-    case SendResult::kQueued: return arm_write(connection);
+    case SendResult::kQueued:
+      return arm_write(connection);
     case SendResult::kSent:
       if (connection.state == State::kClosing) drop(connection);
       return;
     case SendResult::kOverflow:
-    case SendResult::kGone: return end(connection, core::EndCause::kKilled, ErrorCode::kOk, "");
+    case SendResult::kGone:
+      return end(connection, core::EndCause::kKilled, ErrorCode::kOk, "");
   }
 }
 

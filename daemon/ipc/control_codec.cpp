@@ -10,7 +10,9 @@ namespace {
 using protocol::ControlHeader;
 using protocol::MessageType;
 
-Error invalid(const char* what) { return make_error(ErrorCode::kInvalidArgument, what); }
+Error invalid(const char* what) {
+  return make_error(ErrorCode::kInvalidArgument, what);
+}
 
 template <size_t kBytes>
 bool all_zero(const uint8_t (&bytes)[kBytes]) {
@@ -22,9 +24,8 @@ template <size_t kBytes>
 bool is_text(const char (&field)[kBytes]) {
   const char* end = std::find(field, field + kBytes, '\0');
   if (end == field + kBytes) return false;
-  return std::none_of(field, end, [](char c) {
-    return static_cast<unsigned char>(c) < 0x20 || c == 0x7F;
-  });
+  return std::none_of(field, end,
+                      [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; });
 }
 
 template <class Body>

@@ -107,8 +107,8 @@ Result<Listener> Listener::open(const std::string& path, mode_t mode, std::strin
   const sockaddr_un address = address_of(path);
   // Bound with no rights for others: between bind and chmod nobody slips in.
   const mode_t before = ::umask(0177);
-  const int bound = ::bind(listener.socket_.get(), reinterpret_cast<const sockaddr*>(&address),
-                           sizeof address);
+  const int bound =
+      ::bind(listener.socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
   const int bind_error = errno;
   ::umask(before);
   if (bound != 0) return fail(ErrorCode::kPermission, why, "cannot bind " + path, bind_error);
@@ -125,6 +125,8 @@ void Listener::close() {
   socket_.reset();
 }
 
-Listener::~Listener() { close(); }
+Listener::~Listener() {
+  close();
+}
 
 }  // namespace thinkv::ipc

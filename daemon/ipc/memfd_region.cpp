@@ -28,7 +28,9 @@ class MemfdHandle {
   bip::mode_t mode_;
 };
 
-Error exhausted(const char* what) { return make_error(ErrorCode::kExhausted, what, errno); }
+Error exhausted(const char* what) {
+  return make_error(ErrorCode::kExhausted, what, errno);
+}
 
 Result<UniqueFd> create_memfd(const char* name) {
   constexpr unsigned kFlags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
@@ -81,8 +83,8 @@ Result<UniqueFd> make_text_memfd(const char* name, std::string_view text) {
     if (count < 0) return exhausted("pwrite");
     written += static_cast<size_t>(count);
   }
-  if (::fcntl(fd.get(), F_ADD_SEALS,
-              F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) != 0) {
+  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) !=
+      0) {
     return exhausted("F_ADD_SEALS");
   }
   return fd;

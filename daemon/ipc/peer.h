@@ -25,8 +25,7 @@ struct Peer {
 // A pidfd of the peer process: from the kernel where it gives one (SO_PEERPIDFD); else `sent`, if
 // it is valid and really that process; else opened here by pid. A `sent` that is not the peer's is
 // an error in any case. Errors: kPermission (not the peer's), kUnavailable (the process is gone).
-[[nodiscard]] Result<UniqueFd> verified_pidfd(int socket, const Peer& peer,
-                                              UniqueFd sent);
+[[nodiscard]] Result<UniqueFd> verified_pidfd(int socket, const Peer& peer, UniqueFd sent);
 
 // Whether the process behind a pidfd has ended. Not blocking.
 [[nodiscard]] bool process_ended(int pidfd);

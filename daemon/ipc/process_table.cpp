@@ -6,8 +6,7 @@
 
 namespace thinkv::ipc {
 
-ProcessTable::ProcessTable(boost::asio::io_context& io,
-                           std::function<void(uint64_t key)> exited)
+ProcessTable::ProcessTable(boost::asio::io_context& io, std::function<void(uint64_t key)> exited)
     : io_(io), exited_(std::move(exited)) {}
 
 uint64_t ProcessTable::connect(uint32_t pid, uint32_t uid, UniqueFd pidfd) {
@@ -23,8 +22,7 @@ uint64_t ProcessTable::connect(uint32_t pid, uint32_t uid, UniqueFd pidfd) {
   process.pid = pid;
   process.uid = uid;
   process.connections = 1;
-  process.pidfd =
-      std::make_unique<boost::asio::posix::stream_descriptor>(io_, pidfd.release());
+  process.pidfd = std::make_unique<boost::asio::posix::stream_descriptor>(io_, pidfd.release());
   watch(key, process);
   return key;
 }

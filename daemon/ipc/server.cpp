@@ -39,12 +39,18 @@ uint64_t monotonic_ns() {
 
 const char* rejection_name(Rejection reason) {
   switch (reason) {
-    case Rejection::kVersion: return "version";
-    case Rejection::kLimit: return "limit";
-    case Rejection::kProtocol: return "protocol";
-    case Rejection::kPermission: return "permission";
-    case Rejection::kResources: return "resources";
-    case Rejection::kTimeout: return "timeout";
+    case Rejection::kVersion:
+      return "version";
+    case Rejection::kLimit:
+      return "limit";
+    case Rejection::kProtocol:
+      return "protocol";
+    case Rejection::kPermission:
+      return "permission";
+    case Rejection::kResources:
+      return "resources";
+    case Rejection::kTimeout:
+      return "timeout";
   }
   return "other";
 }
@@ -307,8 +313,8 @@ std::vector<Server::ClientView> Server::clients() {
   for (auto& [id, connection] : connections_) {
     if (connection->state != State::kEngine) continue;
     ClientLink& link = *connection->link;
-    views.push_back({id, link.counters(), link.requests_waiting(), link.unanswered(),
-                     link.parked()});
+    views.push_back(
+        {id, link.counters(), link.requests_waiting(), link.unanswered(), link.parked()});
   }
   std::sort(views.begin(), views.end(),
             [](const ClientView& a, const ClientView& b) { return a.id < b.id; });

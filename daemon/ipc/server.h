@@ -9,9 +9,9 @@
 
 #include <utility>
 
+#include <array>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -60,9 +60,9 @@ struct ServerCounters {
   uint64_t throttled = 0;
   uint64_t bells = 0;
   uint64_t parks = 0;
-  uint64_t completions_full = 0;   // turns in which a client's completion ring had no place
-  uint64_t accept_failures = 0;    // no descriptor left
-  uint64_t loop_lag_ns = 0;        // of the last tick
+  uint64_t completions_full = 0;  // turns in which a client's completion ring had no place
+  uint64_t accept_failures = 0;   // no descriptor left
+  uint64_t loop_lag_ns = 0;       // of the last tick
   uint64_t loop_lag_max_ns = 0;
 };
 

@@ -24,15 +24,15 @@ struct TenantSettings {
   std::string name;
   std::vector<uint32_t> uids;
   std::vector<uint32_t> gids;
-  uint64_t reserve_bytes = 0;   // always obtainable by this tenant
-  uint64_t limit_bytes = 0;     // never exceeded by it
+  uint64_t reserve_bytes = 0;  // always obtainable by this tenant
+  uint64_t limit_bytes = 0;    // never exceeded by it
   uint32_t weight = 1;
-  uint32_t priority = 50;       // lower is compressed first, higher is refilled first
+  uint32_t priority = 50;  // lower is compressed first, higher is refilled first
   friend bool operator==(const TenantSettings&, const TenantSettings&) = default;
 };
 
 struct Config {
-  std::string file;  // what it was loaded from; empty: the defaults
+  std::string file;         // what it was loaded from; empty: the defaults
   std::string socket_path;  // empty: /run/thinkvd/control.sock for root, else the user's
   SocketAccess socket_access = SocketAccess::kGroup;
 
@@ -40,7 +40,7 @@ struct Config {
   uint64_t pool_bytes = uint64_t{1} << 30;
   uint64_t extent_bytes = uint64_t{64} << 20;
 
-  std::vector<TenantSettings> tenants;  // at least the default tenant
+  std::vector<TenantSettings> tenants;     // at least the default tenant
   std::string default_tenant = "default";  // of users that no tenant names; empty: refused
 
   std::vector<std::string> policy_directories;  // absolute; empty: the installed ones
@@ -62,8 +62,7 @@ struct Config {
 // `text` as if read from `file` (relative paths are relative to its folder).
 [[nodiscard]] std::optional<Config> parse_config(const std::string& text, const std::string& file,
                                                  Diagnostics* diagnostics);
-[[nodiscard]] std::optional<Config> load_config(const std::string& file,
-                                                Diagnostics* diagnostics);
+[[nodiscard]] std::optional<Config> load_config(const std::string& file, Diagnostics* diagnostics);
 
 // Every key that a file may hold, as dotted paths, sorted.
 [[nodiscard]] std::vector<std::string> config_keys();

@@ -11,10 +11,14 @@ namespace {
 
 spdlog::level::level_enum level_of(LogLevel level) {
   switch (level) {
-    case LogLevel::kDebug: return spdlog::level::debug;
-    case LogLevel::kInfo: return spdlog::level::info;
-    case LogLevel::kWarning: return spdlog::level::warn;
-    case LogLevel::kError: return spdlog::level::err;
+    case LogLevel::kDebug:
+      return spdlog::level::debug;
+    case LogLevel::kInfo:
+      return spdlog::level::info;
+    case LogLevel::kWarning:
+      return spdlog::level::warn;
+    case LogLevel::kError:
+      return spdlog::level::err;
   }
   return spdlog::level::info;
 }
@@ -31,6 +35,8 @@ void start_log(LogLevel level) {
   set_log_level(level);
 }
 
-void set_log_level(LogLevel level) { spdlog::set_level(level_of(level)); }
+void set_log_level(LogLevel level) {
+  spdlog::set_level(level_of(level));
+}
 
 }  // namespace thinkv::ops

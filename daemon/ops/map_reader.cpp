@@ -8,7 +8,9 @@
 namespace thinkv::ops {
 namespace {
 
-std::string show_integer(uint64_t value) { return std::to_string(value); }
+std::string show_integer(uint64_t value) {
+  return std::to_string(value);
+}
 std::string show_duration(uint64_t ms) {
   return ms % 1000 == 0 ? std::to_string(ms / 1000) + "s" : std::to_string(ms) + "ms";
 }
@@ -23,8 +25,8 @@ MapReader::MapReader(const YamlNode* node, std::string path, Diagnostics* diagno
   if (node_->kind == YamlNode::Kind::kMap) return;
   // A heading with nothing under it is as good as absent.
   if (node_->kind != YamlNode::Kind::kNull) {
-    diagnostics_->add(line_, path_, std::string("keys and values are expected here, not ") +
-                                        node_->kind_name());
+    diagnostics_->add(line_, path_,
+                      std::string("keys and values are expected here, not ") + node_->kind_name());
   }
   node_ = nullptr;
 }
@@ -63,8 +65,9 @@ bool MapReader::parsed(const YamlNode& at, std::string_view key, const Result<ui
     return false;
   }
   if (*value < bounds.min || *value > bounds.max) {
-    fail(at, key, quote(at.scalar) + " is out of range; allowed: " + show(bounds.min) + " to " +
-                      show(bounds.max));
+    fail(at, key,
+         quote(at.scalar) + " is out of range; allowed: " + show(bounds.min) + " to " +
+             show(bounds.max));
     return false;
   }
   *out = *value;
@@ -107,8 +110,9 @@ bool MapReader::decimal(std::string_view key, double above, double at_most, floa
   // As the float that will be used: a value that rounds to a bound counts as the bound.
   const float rounded = static_cast<float>(*value);
   if (!(rounded > static_cast<float>(above) && rounded <= static_cast<float>(at_most))) {
-    fail(*found, key, quote(found->scalar) + " is out of range; allowed: above " +
-                          std::to_string(above) + ", at most " + std::to_string(at_most));
+    fail(*found, key,
+         quote(found->scalar) + " is out of range; allowed: above " + std::to_string(above) +
+             ", at most " + std::to_string(at_most));
     return false;
   }
   *out = rounded;

@@ -35,8 +35,10 @@ class Family {
   Family& add(double value, std::initializer_list<ClientMetric::Label> labels = {}) {
     ClientMetric metric;
     metric.label = labels;
-    if (family_.type == MetricType::Counter) metric.counter.value = value;
-    else metric.gauge.value = value;
+    if (family_.type == MetricType::Counter)
+      metric.counter.value = value;
+    else
+      metric.gauge.value = value;
     family_.metric.push_back(std::move(metric));
     return *this;
   }
@@ -105,8 +107,7 @@ void add_requests(const core::Counters& c, std::vector<MetricFamily>* out) {
       // Success always exists, at 0; an error only once it happened.
       if (code != 0 && c.requests[op][code] == 0) continue;
       requests.add(c.requests[op][code],
-                   {{"op", op_name(op)},
-                    {"code", error_code_name(static_cast<ErrorCode>(code))}});
+                   {{"op", op_name(op)}, {"code", error_code_name(static_cast<ErrorCode>(code))}});
     }
   }
 }
@@ -154,10 +155,10 @@ void add_server(const Report& r, std::vector<MetricFamily>* out) {
 
 void add_process(const Report& r, std::vector<MetricFamily>* out) {
   Family(out, kGauge, "thinkv_build_info", "1, with the version as labels.")
-      .add(uint64_t{1}, {{"version", kVersionText},
-                         {"protocol", std::to_string(kProtocolMajor) + "." +
-                                          std::to_string(kProtocolMinor)},
-                         {"backend", r.backend}});
+      .add(uint64_t{1},
+           {{"version", kVersionText},
+            {"protocol", std::to_string(kProtocolMajor) + "." + std::to_string(kProtocolMinor)},
+            {"backend", r.backend}});
   Family(out, kGauge, "thinkv_start_time_seconds", "Start of the daemon, Unix time.")
       .add(r.start_time);
   Family(out, kGauge, "thinkv_config_last_reload_successful", "1 if the last reload was taken.")
@@ -224,7 +225,9 @@ Result<std::unique_ptr<Metrics>> Metrics::start(const std::string& address, uint
   return metrics;
 }
 
-void Metrics::publish(const Report& report) { source_->publish(report); }
+void Metrics::publish(const Report& report) {
+  source_->publish(report);
+}
 
 std::string metrics_text(const Report& report) {
   return prometheus::TextSerializer().Serialize(families(report));

@@ -16,10 +16,10 @@ namespace {
 
 // "f16" is 16 bits in the model's own value type; a policy does not choose between the two.
 constexpr std::array kFormatChoices = {
-    Choice<Format>{"f16", Format::kF16},       Choice<Format>{"k8v8", Format::kK8V8},
-    Choice<Format>{"k8v4", Format::kK8V4},     Choice<Format>{"k4v4", Format::kK4V4},
-    Choice<Format>{"k4v2", Format::kK4V2},     Choice<Format>{"k2v2", Format::kK2V2},
-    Choice<Format>{"nvfp4", Format::kNvfp4},   Choice<Format>{"ternary", Format::kTernary}};
+    Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
+    Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
+    Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
+    Choice<Format>{"nvfp4", Format::kNvfp4}, Choice<Format>{"ternary", Format::kTernary}};
 constexpr std::array kRotations = {Choice<uint8_t>{"hadamard", 1}, Choice<uint8_t>{"none", 0}};
 constexpr std::array kRules = {Choice<EvictRule>{"tbe", EvictRule::kTbe},
                                Choice<EvictRule>{"none", EvictRule::kNone}};
@@ -194,8 +194,8 @@ void read_evict(MapReader evict, PolicyParams* params) {
   evict.choice<EvictRule>("rule", kRules, &params->evict);
   if (params->evict == EvictRule::kNone) {
     // A key without an effect would only look as if it had one.
-    for (const char* key : {"schedule", "budget", "select", "grain", "floor", "order",
-                            "on_transition"}) {
+    for (const char* key :
+         {"schedule", "budget", "select", "grain", "floor", "order", "on_transition"}) {
       if (const YamlNode* node = evict.node(key)) {
         evict.fail(*node, key, "has no effect without evict.rule: tbe");
       }
@@ -243,8 +243,7 @@ void read_name(MapReader* root, const std::string& file, PolicyParams* params) {
   // The name a client asks for and the file an operator edits stay the same.
   const std::string stem = std::filesystem::path(file).stem().string();
   if (name != stem) {
-    root->fail(*root->node("name"), "name",
-               "must be the file's name, " + MapReader::quote(stem));
+    root->fail(*root->node("name"), "name", "must be the file's name, " + MapReader::quote(stem));
   }
 }
 
@@ -296,8 +295,8 @@ std::optional<Policy> parse_policy(const std::string& text, const std::string& f
   Policy policy;
   policy.file = file;
   if (tree->kind != YamlNode::Kind::kMap) {
-    diagnostics->add(tree->line, "", std::string("keys and values are expected, not ") +
-                                         tree->kind_name());
+    diagnostics->add(tree->line, "",
+                     std::string("keys and values are expected, not ") + tree->kind_name());
     return std::nullopt;
   }
   read_policy(&*tree, file, &policy, diagnostics, nullptr);

@@ -23,8 +23,7 @@ struct Policy {
 // `text` as if read from `file`; a calibration file is looked for relative to its folder.
 [[nodiscard]] std::optional<Policy> parse_policy(const std::string& text, const std::string& file,
                                                  Diagnostics* diagnostics);
-[[nodiscard]] std::optional<Policy> load_policy(const std::string& file,
-                                                Diagnostics* diagnostics);
+[[nodiscard]] std::optional<Policy> load_policy(const std::string& file, Diagnostics* diagnostics);
 
 struct PolicySet {
   std::vector<Policy> policies;  // by name, ascending, names unique

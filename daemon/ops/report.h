@@ -19,7 +19,7 @@ struct ReloadState {
   double success_time = 0.0;  // Unix seconds
   uint64_t succeeded = 0;
   uint64_t failed = 0;
-  std::string problems;       // of the last failed one
+  std::string problems;  // of the last failed one
 };
 
 // What a client says about itself, and its rings.

@@ -7,7 +7,9 @@
 namespace thinkv::ops {
 namespace {
 
-constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
+constexpr bool is_digit(char c) {
+  return c >= '0' && c <= '9';
+}
 
 struct Unit {
   std::string_view name;
@@ -18,10 +20,12 @@ constexpr std::array<Unit, 5> kByteUnits = {{{"TiB", uint64_t{1} << 40},
                                              {"MiB", uint64_t{1} << 20},
                                              {"KiB", uint64_t{1} << 10},
                                              {"B", 1}}};
-constexpr std::array<Unit, 4> kTimeUnits = {{{"ms", 1}, {"s", 1000}, {"min", 60'000},
-                                             {"h", 3'600'000}}};
+constexpr std::array<Unit, 4> kTimeUnits = {
+    {{"ms", 1}, {"s", 1000}, {"min", 60'000}, {"h", 3'600'000}}};
 
-Error invalid(const char* what) { return make_error(ErrorCode::kInvalidArgument, what); }
+Error invalid(const char* what) {
+  return make_error(ErrorCode::kInvalidArgument, what);
+}
 
 template <size_t kCount>
 Result<uint64_t> parse_with_unit(std::string_view text, const std::array<Unit, kCount>& units,
@@ -81,8 +85,10 @@ Result<double> parse_decimal(std::string_view text) {
   if (text.empty() || text.size() > 12) return invalid(kAllowed);
   size_t dots = 0;
   for (const char c : text) {
-    if (c == '.') ++dots;
-    else if (!is_digit(c)) return invalid(kAllowed);
+    if (c == '.')
+      ++dots;
+    else if (!is_digit(c))
+      return invalid(kAllowed);
   }
   if (dots > 1 || !is_digit(text.front()) || !is_digit(text.back())) return invalid(kAllowed);
   if (text.size() > 1 && text[0] == '0' && text[1] != '.') {

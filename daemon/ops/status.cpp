@@ -59,19 +59,18 @@ Json tenant_json(const core::TenantSnapshot& t) {
 }
 
 Json counters_json(const ClientReport& c) {
-  return {{"tokens", c.tokens},
-          {"steps", c.steps},
-          {"live_slots", c.live_slots},
-          {"evicted_slots", c.evicted_slots},
-          {"reused_slots", c.reused_slots},
-          {"demotions", c.demotions},
-          {"over_budget_steps", c.over_budget_steps},
-          {"thoughts",
-           {{"reasoning", c.thoughts[0]},
-            {"execution", c.thoughts[1]},
-            {"transition", c.thoughts[2]}}},
-          {"bytes_held", c.held_bytes},
-          {"bytes_f16", c.f16_bytes}};
+  return {
+      {"tokens", c.tokens},
+      {"steps", c.steps},
+      {"live_slots", c.live_slots},
+      {"evicted_slots", c.evicted_slots},
+      {"reused_slots", c.reused_slots},
+      {"demotions", c.demotions},
+      {"over_budget_steps", c.over_budget_steps},
+      {"thoughts",
+       {{"reasoning", c.thoughts[0]}, {"execution", c.thoughts[1]}, {"transition", c.thoughts[2]}}},
+      {"bytes_held", c.held_bytes},
+      {"bytes_f16", c.f16_bytes}};
 }
 
 Json models_json(const std::vector<core::ModelSnapshot>& models) {
@@ -106,18 +105,16 @@ Json client_json(const Report& report, const core::ClientSnapshot& c) {
           {"lease_bytes", c.lease_bytes},
           {"sequences", c.sequences},
           {"models", models_json(c.models)},
-          {"rings",
-           {{"requests_waiting", mine.requests_waiting}, {"unanswered", mine.unanswered}}},
+          {"rings", {{"requests_waiting", mine.requests_waiting}, {"unanswered", mine.unanswered}}},
           {"counters", counters_json(mine)}};
 }
 
 Json policies_json(const Report& report) {
   Json list = Json::array();
   for (const core::PolicySnapshot& p : report.snapshot.policies) {
-    const auto known = std::find_if(
-        report.policies.begin(), report.policies.end(), [&](const PolicyReport& r) {
-          return p.current && r.name == p.params.name;
-        });
+    const auto known =
+        std::find_if(report.policies.begin(), report.policies.end(),
+                     [&](const PolicyReport& r) { return p.current && r.name == p.params.name; });
     Json entry = {{"name", p.params.name},
                   {"current", p.current},
                   {"sequences", p.sequences},
@@ -187,7 +184,7 @@ Json server_json(const ServerReport& s) {
 
 const char* op_name(size_t op) {
   constexpr std::array<const char*, core::kOpSlots> kNames = {
-      "unknown", "ping", "open_sequence", "close_sequence",
+      "unknown",    "ping",       "open_sequence", "close_sequence",
       "set_budget", "need_pages", "client_stats"};
   return op < kNames.size() ? kNames[op] : "unknown";
 }

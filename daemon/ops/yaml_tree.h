@@ -27,8 +27,8 @@ struct YamlNode {
   bool quoted = false;  // of a scalar: always a text, never a number
   uint32_t line = 0;    // from 1
   std::string scalar;
-  std::vector<YamlNode> items;      // of a list
-  std::vector<YamlEntry> entries;   // of a map, in file order, keys unique
+  std::vector<YamlNode> items;     // of a list
+  std::vector<YamlEntry> entries;  // of a map, in file order, keys unique
 
   [[nodiscard]] const YamlEntry* find(std::string_view key) const;
   [[nodiscard]] const char* kind_name() const;  // "a list", for messages
@@ -42,8 +42,7 @@ struct YamlEntry {
 
 // The one document of `text`; an empty text is a null node. Problems go to `diagnostics`, and
 // nullopt comes back when there was any.
-[[nodiscard]] std::optional<YamlNode> parse_yaml(const std::string& text,
-                                                 Diagnostics* diagnostics);
+[[nodiscard]] std::optional<YamlNode> parse_yaml(const std::string& text, Diagnostics* diagnostics);
 
 // Reads a regular file of at most limits::kConfigBytesMax bytes.
 [[nodiscard]] std::optional<std::string> read_text_file(const std::string& path,

@@ -19,41 +19,53 @@ namespace thinkv {
 // Values are those of the C ABI (thinkv.h) and are never renumbered.
 enum class ErrorCode : int32_t {
   kOk = 0,
-  kInvalidArgument = 1,   // fix the call
-  kExhausted = 2,         // the pool has no page left: evict, wait or retry
-  kQuotaExceeded = 3,     // this tenant's limit is reached: close sequences or raise the limit
-  kNotFound = 4,          // no such sequence, policy, tenant
-  kStale = 5,             // the handle was closed or belongs to an earlier daemon: re-open
-  kUnavailable = 6,       // the daemon is not there: start it, reconnect
-  kVersionMismatch = 7,   // library and daemon do not speak the same protocol: upgrade one
-  kPermission = 8,        // this user may not
-  kUnsupported = 9,       // valid, but not built or not possible here
-  kDeviceFailed = 10,     // the device context is dead: restart
-  kInternal = 11,         // a defect of ours
+  kInvalidArgument = 1,  // fix the call
+  kExhausted = 2,        // the pool has no page left: evict, wait or retry
+  kQuotaExceeded = 3,    // this tenant's limit is reached: close sequences or raise the limit
+  kNotFound = 4,         // no such sequence, policy, tenant
+  kStale = 5,            // the handle was closed or belongs to an earlier daemon: re-open
+  kUnavailable = 6,      // the daemon is not there: start it, reconnect
+  kVersionMismatch = 7,  // library and daemon do not speak the same protocol: upgrade one
+  kPermission = 8,       // this user may not
+  kUnsupported = 9,      // valid, but not built or not possible here
+  kDeviceFailed = 10,    // the device context is dead: restart
+  kInternal = 11,        // a defect of ours
 };
 
 [[nodiscard]] constexpr const char* error_code_name(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kOk: return "ok";
-    case ErrorCode::kInvalidArgument: return "invalid argument";
-    case ErrorCode::kExhausted: return "pool exhausted";
-    case ErrorCode::kQuotaExceeded: return "quota exceeded";
-    case ErrorCode::kNotFound: return "not found";
-    case ErrorCode::kStale: return "stale handle";
-    case ErrorCode::kUnavailable: return "daemon unavailable";
-    case ErrorCode::kVersionMismatch: return "version mismatch";
-    case ErrorCode::kPermission: return "permission denied";
-    case ErrorCode::kUnsupported: return "unsupported";
-    case ErrorCode::kDeviceFailed: return "device failed";
-    case ErrorCode::kInternal: return "internal error";
+    case ErrorCode::kOk:
+      return "ok";
+    case ErrorCode::kInvalidArgument:
+      return "invalid argument";
+    case ErrorCode::kExhausted:
+      return "pool exhausted";
+    case ErrorCode::kQuotaExceeded:
+      return "quota exceeded";
+    case ErrorCode::kNotFound:
+      return "not found";
+    case ErrorCode::kStale:
+      return "stale handle";
+    case ErrorCode::kUnavailable:
+      return "daemon unavailable";
+    case ErrorCode::kVersionMismatch:
+      return "version mismatch";
+    case ErrorCode::kPermission:
+      return "permission denied";
+    case ErrorCode::kUnsupported:
+      return "unsupported";
+    case ErrorCode::kDeviceFailed:
+      return "device failed";
+    case ErrorCode::kInternal:
+      return "internal error";
   }
   return "unknown error";
 }
 
 struct Error {
   ErrorCode code = ErrorCode::kInternal;
-  const char* what = "";   // static string; never owned
-  int32_t os_error = 0;    // errno or CUresult, 0 if none
+  const char* what = "";  // static string; never owned
+  int32_t os_error = 0;   // errno or CUresult, 0 if none
   uint32_t line = 0;
   const char* file = "";
 };
@@ -149,8 +161,8 @@ using Status = Result<void>;
 // The only two control-flow macros of the project.
 #define THINKV_CONCAT_INNER(a, b) a##b
 #define THINKV_CONCAT(a, b) THINKV_CONCAT_INNER(a, b)
-#define THINKV_TRY(expr)                                                   \
-  do {                                                                     \
+#define THINKV_TRY(expr)                                                           \
+  do {                                                                             \
     if (auto thinkv_status = (expr); !thinkv_status) return thinkv_status.error(); \
   } while (false)
 #define THINKV_ASSIGN_OR_RETURN(lhs, expr) \

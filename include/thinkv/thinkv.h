@@ -48,9 +48,9 @@ typedef int32_t thinkv_status;
 #define THINKV_UNAVAILABLE 6      /* no daemon: start it, then open a new client */
 #define THINKV_VERSION_MISMATCH 7 /* upgrade the library or the daemon */
 #define THINKV_PERMISSION 8
-#define THINKV_UNSUPPORTED 9      /* valid, but not possible here */
+#define THINKV_UNSUPPORTED 9 /* valid, but not possible here */
 #define THINKV_DEVICE_FAILED 10
-#define THINKV_INTERNAL 11        /* a defect of ours: please report */
+#define THINKV_INTERNAL 11 /* a defect of ours: please report */
 
 typedef struct thinkv_client thinkv_client;
 typedef struct thinkv_model thinkv_model;
@@ -62,9 +62,14 @@ typedef struct thinkv_error {
   thinkv_status code;
   int32_t os_error; /* errno or CUresult, 0 if none */
   uint32_t reserved;
-  char text[240];   /* zero-terminated */
+  char text[240]; /* zero-terminated */
 } thinkv_error;
-#define THINKV_ERROR_INIT {sizeof(thinkv_error), 0, 0, 0, {0}}
+#define THINKV_ERROR_INIT            \
+  {                                  \
+    sizeof(thinkv_error), 0, 0, 0, { \
+      0                              \
+    }                                \
+  }
 
 /* ---- tensors ---- */
 
@@ -81,7 +86,7 @@ typedef struct thinkv_tensor {
 
 typedef struct thinkv_output {
   void* data;
-  uint32_t dtype;   /* THINKV_FLOAT32 */
+  uint32_t dtype; /* THINKV_FLOAT32 */
   uint32_t ndim;
   int64_t shape[4];
 } thinkv_output;
@@ -96,7 +101,12 @@ typedef struct thinkv_client_options {
   uint32_t timeout_ms;     /* of a round trip to the daemon; 0: 10,000 */
   uint32_t reserved[7];
 } thinkv_client_options;
-#define THINKV_CLIENT_OPTIONS_INIT {sizeof(thinkv_client_options), 0, 0, 0, 0, {0}}
+#define THINKV_CLIENT_OPTIONS_INIT               \
+  {                                              \
+    sizeof(thinkv_client_options), 0, 0, 0, 0, { \
+      0                                          \
+    }                                            \
+  }
 
 /* Connects. Errors: UNAVAILABLE, VERSION_MISMATCH, PERMISSION, EXHAUSTED (too many clients). */
 THINKV_API thinkv_status thinkv_client_open(const thinkv_client_options* options,
@@ -107,10 +117,10 @@ THINKV_API void thinkv_client_close(thinkv_client* client);
 typedef struct thinkv_pool_stats {
   uint32_t struct_size;
   uint32_t reserved0;
-  char backend[16];            /* "host" | "cuda" */
+  char backend[16]; /* "host" | "cuda" */
   uint64_t pool_bytes;
   uint64_t pool_free_bytes;
-  uint64_t tenant_used_bytes;  /* pages granted to this tenant, leases included */
+  uint64_t tenant_used_bytes; /* pages granted to this tenant, leases included */
   uint64_t tenant_limit_bytes;
   uint64_t client_granted_bytes;
   uint64_t client_leased_bytes; /* granted, not yet used by a sequence */
@@ -132,7 +142,7 @@ THINKV_API thinkv_status thinkv_client_ping(thinkv_client* client, thinkv_error*
 typedef struct thinkv_model_options {
   uint32_t struct_size;
   uint32_t layers;
-  uint32_t q_heads;    /* 1 to 16 times kv_heads */
+  uint32_t q_heads; /* 1 to 16 times kv_heads */
   uint32_t kv_heads;
   uint32_t head_dim;   /* 64, 128 or 256 */
   uint32_t value_type; /* of 16-bit pages: THINKV_FLOAT16 or THINKV_BFLOAT16 */
@@ -141,8 +151,12 @@ typedef struct thinkv_model_options {
   const char* model_name; /* for people; may be NULL */
   uint32_t reserved[8];
 } thinkv_model_options;
-#define THINKV_MODEL_OPTIONS_INIT \
-  {sizeof(thinkv_model_options), 0, 0, 0, 0, THINKV_FLOAT16, 0.0f, 0, 0, {0}}
+#define THINKV_MODEL_OPTIONS_INIT                                           \
+  {                                                                         \
+    sizeof(thinkv_model_options), 0, 0, 0, 0, THINKV_FLOAT16, 0.0f, 0, 0, { \
+      0                                                                     \
+    }                                                                       \
+  }
 
 THINKV_API thinkv_status thinkv_model_open(thinkv_client* client,
                                            const thinkv_model_options* options,
@@ -162,7 +176,12 @@ typedef struct thinkv_sequence_options {
   uint32_t flags;
   uint32_t reserved[7];
 } thinkv_sequence_options;
-#define THINKV_SEQUENCE_OPTIONS_INIT {sizeof(thinkv_sequence_options), 0, 0, 0, {0}}
+#define THINKV_SEQUENCE_OPTIONS_INIT            \
+  {                                             \
+    sizeof(thinkv_sequence_options), 0, 0, 0, { \
+      0                                         \
+    }                                           \
+  }
 
 /* Errors: NOT_FOUND (policy; the text lists the known ones), EXHAUSTED, QUOTA_EXCEEDED. */
 THINKV_API thinkv_status thinkv_sequence_open(thinkv_model* model,
@@ -181,9 +200,9 @@ THINKV_API thinkv_status thinkv_sequence_prefill_end(thinkv_sequence* sequence,
 
 /* Evicts tokens by position in every lane; positions that are not live or in the newest 16 are
  * skipped. *evicted_slots counts (token, lane) pairs and may be NULL. */
-THINKV_API thinkv_status thinkv_sequence_evict(thinkv_sequence* sequence,
-                                               const uint32_t* positions, size_t count,
-                                               uint64_t* evicted_slots, thinkv_error* error);
+THINKV_API thinkv_status thinkv_sequence_evict(thinkv_sequence* sequence, const uint32_t* positions,
+                                               size_t count, uint64_t* evicted_slots,
+                                               thinkv_error* error);
 /* Recodes the live tokens first..last (inclusive) to another format ("k4v2"), in every lane. */
 THINKV_API thinkv_status thinkv_sequence_quantize(thinkv_sequence* sequence, uint32_t first,
                                                   uint32_t last, const char* format,
@@ -194,23 +213,23 @@ THINKV_API thinkv_status thinkv_sequence_set_budget(thinkv_sequence* sequence,
 typedef struct thinkv_sequence_stats {
   uint32_t struct_size;
   uint32_t lanes;
-  uint64_t tokens;          /* positions so far, prompt included */
+  uint64_t tokens; /* positions so far, prompt included */
   uint64_t prompt_tokens;
   uint64_t live_slots;      /* over all lanes; live tokens = live_slots / lanes */
   uint64_t live_tokens_max; /* of one lane */
   uint64_t pages;           /* K/V pages */
   uint64_t page_bytes;
   uint64_t metadata_bytes;
-  uint64_t bytes_held;      /* pages and metadata, whole pages */
-  uint64_t bytes_f16;       /* what a 16-bit cache of the same tokens takes */
+  uint64_t bytes_held; /* pages and metadata, whole pages */
+  uint64_t bytes_f16;  /* what a 16-bit cache of the same tokens takes */
   uint64_t evicted_slots;
-  uint64_t reused_slots;    /* new tokens written into evicted slots */
-  uint64_t gathered_bytes;  /* moved for compaction: always 0 */
+  uint64_t reused_slots;   /* new tokens written into evicted slots */
+  uint64_t gathered_bytes; /* moved for compaction: always 0 */
   uint64_t recoded_slots;
-  uint64_t demotions;       /* of segments */
+  uint64_t demotions; /* of segments */
   uint64_t over_budget_steps;
-  uint64_t thoughts[3];     /* segments: reasoning, execution, transition */
-  uint64_t budget_tokens;   /* 0: none */
+  uint64_t thoughts[3];   /* segments: reasoning, execution, transition */
+  uint64_t budget_tokens; /* 0: none */
   uint64_t reserved[6];
 } thinkv_sequence_stats;
 /* Local, no round trip. Requires stats->struct_size. */
@@ -227,8 +246,7 @@ THINKV_API thinkv_status thinkv_sequence_sparsity(thinkv_sequence* sequence,
 /* Takes one token of each sequence. Reserves all pages that the step can need; on error nothing
  * has changed. Every sequence belongs to `model` and is in no other step. */
 THINKV_API thinkv_status thinkv_step_begin(thinkv_model* model, thinkv_sequence* const* sequences,
-                                           uint32_t count, thinkv_step** step,
-                                           thinkv_error* error);
+                                           uint32_t count, thinkv_step** step, thinkv_error* error);
 /* k, v: [batch, kv_heads, head_dim]; each layer once. */
 THINKV_API thinkv_status thinkv_step_append(thinkv_step* step, uint32_t layer,
                                             const thinkv_tensor* k, const thinkv_tensor* v,
@@ -245,7 +263,7 @@ THINKV_API void thinkv_step_cancel(thinkv_step* step);
 
 /* ---- about ---- */
 
-THINKV_API const char* thinkv_version(void);             /* "0.1.0" */
+THINKV_API const char* thinkv_version(void); /* "0.1.0" */
 THINKV_API const char* thinkv_status_name(thinkv_status status);
 
 #ifdef __cplusplus

@@ -18,15 +18,15 @@ static void check(int ok, const char* what, int line) {
 }
 #define CHECK(condition) check((condition), #condition, __LINE__)
 static thinkv_error error = THINKV_ERROR_INIT;
-#define OK(call)                                            \
-  do {                                                      \
+#define OK(call)                                             \
+  do {                                                       \
     if ((call) != THINKV_OK) check(0, error.text, __LINE__); \
   } while (0)
-#define FAILS(call, expected, words)                                     \
-  do {                                                                   \
-    memset(error.text, 0, sizeof(error.text));                           \
-    CHECK((call) == (expected));                                         \
-    CHECK(error.code == (expected));                                     \
+#define FAILS(call, expected, words)                                         \
+  do {                                                                       \
+    memset(error.text, 0, sizeof(error.text));                               \
+    CHECK((call) == (expected));                                             \
+    CHECK(error.code == (expected));                                         \
     if (strstr(error.text, (words)) == NULL) check(0, error.text, __LINE__); \
   } while (0)
 

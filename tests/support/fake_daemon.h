@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -92,7 +93,7 @@ class FakeDaemon {
       case protocol::MessageType::kGetPolicy: {
         protocol::PolicyReply reply{};
         reply.policy_id = 5;
-        std::strcpy(reply.params.name, "test");
+        std::snprintf(reply.params.name, sizeof reply.params.name, "%s", "test");
         if (faults_.bad_policy) reply.params.segment_tokens = 7;
         return send(peer, protocol::MessageType::kPolicyReply, header.request_id, reply, {});
       }
@@ -105,7 +106,7 @@ class FakeDaemon {
     if (faults_.refuse_hello != ErrorCode::kOk) {
       protocol::Refused refused{};
       refused.code = static_cast<int32_t>(faults_.refuse_hello);
-      std::strcpy(refused.text, "refused for a test");
+      std::snprintf(refused.text, sizeof refused.text, "%s", "refused for a test");
       return send(peer, protocol::MessageType::kRefused, request_id, refused, {});
     }
     const uint64_t daemon_bytes = sizeof(shm::DaemonRegion) - faults_.region_bytes_less;
@@ -119,8 +120,8 @@ class FakeDaemon {
     reply.client_id = 1;
     reply.daemon_region_bytes = daemon_bytes + faults_.announce_more;
     reply.client_region_bytes = sizeof(shm::ClientRegion);
-    std::strcpy(reply.backend, "host");
-    std::strcpy(reply.daemon_version, "test");
+    std::snprintf(reply.backend, sizeof reply.backend, "%s", "host");
+    std::snprintf(reply.daemon_version, sizeof reply.daemon_version, "%s", "test");
     send(peer, protocol::MessageType::kWelcome, request_id, reply,
          {daemon_fd_.get(), client_fd_.get(), bell_.get()});
   }

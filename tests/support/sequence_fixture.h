@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <random>
@@ -33,7 +34,7 @@ inline ModelGeometry geometry_of(const GeometryShape& shape) {
 
 inline PolicyParams plain_policy(Format format) {
   PolicyParams p;
-  std::strcpy(p.name, "test");
+  std::snprintf(p.name, sizeof p.name, "%s", "test");
   p.prompt_format = p.sink_format = format;
   for (Format& f : p.thought_format) f = format;
   return p;

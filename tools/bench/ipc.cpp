@@ -90,9 +90,8 @@ Row lease_reserve(client::Session& session, uint32_t page_class) {
 void sequences(const ModelGeometry& geometry, std::vector<Row>& rows) {
   Row open{"sequence_open", "open a sequence of 30 layers x 3 heads", {}};
   Row close{"sequence_close", "close it", {}};
-  const client::Handle handle =
-      must(client::open_client({.socket_path = client::control_socket_path(nullptr),
-                                .client_name = "bench"}, 1));
+  const client::Handle handle = must(client::open_client(
+      {.socket_path = client::control_socket_path(nullptr), .client_name = "bench"}, 1));
   const client::Handle model = must(client::open_model(handle, geometry, "bench"));
   for (int i = 0; i < 2000; ++i) {
     auto start = Clock::now();
@@ -143,12 +142,12 @@ void run(bool json) {
     must(session->register_model(geometry, "bench"));
     session->set_spin(std::chrono::milliseconds(100));
     round_trips("warm", "", *session, 1000, microseconds(0));
-    rows.push_back(round_trips("ring_spinning", "both sides spin", *session, 20'000,
-                               microseconds(0)));
+    rows.push_back(
+        round_trips("ring_spinning", "both sides spin", *session, 20'000, microseconds(0)));
     // Longer than the daemon stays hot, so both sides sleep: bell and futex.
     session->set_spin(microseconds(0));
-    rows.push_back(round_trips("ring_sleeping", "both sides sleep", *session, 1000,
-                               microseconds(500)));
+    rows.push_back(
+        round_trips("ring_sleeping", "both sides sleep", *session, 1000, microseconds(500)));
     rows.push_back(lease_pop(*session, page_class(geometry.head_dim)));
     rows.push_back(lease_reserve(*session, page_class(geometry.head_dim)));
   }

@@ -35,7 +35,8 @@ class Cache(Protocol):
 
 
 class ExactCache:
-    """One sequence, every token kept in this process. dtype "float16" rounds each k and v once, as a 16-bit
+    """One sequence, every token kept in this process. dtype "float16" rounds each k and v once,
+    as a 16-bit
     cache does; the arithmetic stays float32."""
 
     def __init__(

@@ -56,7 +56,8 @@ def _config_without_metrics(text: str, folder: pathlib.Path) -> str:
     text, ports = re.subn(r"(?m)^(\s+port:).*$", r"\1 off", text)
     text, folders = re.subn(r"(?m)^(\s+directories:\s*)\[([^]]*)\]", absolute, text)
     if ports != 1 or folders != 1:
-        raise DaemonError(f"{folder / 'thinkvd.yaml'}: no single metrics port or policy folder list")
+        raise DaemonError(
+            f"{folder / 'thinkvd.yaml'}: no single metrics port or policy folder list")
     return text
 
 

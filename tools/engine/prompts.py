@@ -4,10 +4,10 @@ from __future__ import annotations
 
 WORKSHOP = """A small workshop builds wooden chairs and tables and wants to plan its next month. \
 Please work through the plan step by step, write down every calculation, and check each result \
-before you use it. Here are the facts. There are four carpenters, and each of them works 21 days in \
-the month for 8 hours a day. A chair takes 3 hours of work and a table takes 7 hours. A chair needs \
-2 boards and 12 screws, a table needs 5 boards and 28 screws. A board costs 6 dollars and a box of \
-100 screws costs 9 dollars. A chair is sold for 55 dollars and a table for 140 dollars. The \
+before you use it. Here are the facts. There are four carpenters, and each of them works 21 days \
+in the month for 8 hours a day. A chair takes 3 hours of work and a table takes 7 hours. A chair \
+needs 2 boards and 12 screws, a table needs 5 boards and 28 screws. A board costs 6 dollars and a \
+box of 100 screws costs 9 dollars. A chair is sold for 55 dollars and a table for 140 dollars. The \
 customers have already ordered 60 chairs and 25 tables. First find the hours that are available. \
 Then find the hours that the orders need and how many hours are left. After that decide what to \
 build in the remaining hours, compute the boards and screws for everything, the cost of the \
@@ -16,16 +16,16 @@ give a summary that a new carpenter would understand."""
 
 LIBRARY = """A town library wants to lend electronic readers and asks you to think the problem \
 through, one step at a time, and to explain the reason for every step. The library owns 120 \
-readers. In the first week 45 of them are lent, in every following week 15 more people ask for one, \
-and each reader comes back after exactly three weeks. A reader must be charged for one full day \
-before it can be lent again, and about one reader in thirty is damaged during a loan and has to be \
-repaired, which takes two weeks and costs 35 dollars. Describe week by week, for twelve weeks, how \
-many readers are lent, how many come back, how many are in repair, and how many remain on the \
-shelf. Say in which week the readers are no longer enough, if that happens at all. Then compare \
-three remedies: buying 30 more readers for 90 dollars each, shortening the loan to two weeks, or \
-keeping a waiting list. Work out what each remedy costs and what it gains, verify your numbers in a \
-different way, correct anything that does not agree, and finish with a clear recommendation."""
-
+readers. In the first week 45 of them are lent, in every following week 15 more people ask for \
+one, and each reader comes back after exactly three weeks. A reader must be charged for one full \
+day before it can be lent again, and about one reader in thirty is damaged during a loan and has \
+to be repaired, which takes two weeks and costs 35 dollars. Describe week by week, for twelve \
+weeks, how many readers are lent, how many come back, how many are in repair, and how many remain \
+on the shelf. Say in which week the readers are no longer enough, if that happens at all. Then \
+compare three remedies: buying 30 more readers for 90 dollars each, shortening the loan to two \
+weeks, or keeping a waiting list. Work out what each remedy costs and what it gains, verify your \
+numbers in a different way, correct anything that does not agree, and finish with a clear \
+recommendation."""
 ENGINES = {"engine-a": WORKSHOP, "engine-b": LIBRARY}
 
 CALIBRATION = [

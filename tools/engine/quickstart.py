@@ -41,7 +41,7 @@ class QuickstartError(RuntimeError):
 
 
 class Worker:
-    """An engine process and what it has reported. Ended by close() or kill(); stop() in any case."""
+    """An engine process and what it has reported. Ended by close() or kill(), stop() at last."""
 
     def __init__(self, name: str, seed: int, socket: str, options: argparse.Namespace) -> None:
         self.name = name

@@ -65,7 +65,8 @@ def failures(samples: list[dict[str, Any]], budget: int) -> list[str]:
 
 
 def render(samples: list[dict[str, Any]]) -> str:
-    lines = [f"{'generated':>9} {'live/lane':>10} {'bytes held':>12} {'16-bit cache':>13} {'ratio':>6}"
+    lines = [f"{'generated':>9} {'live/lane':>10} {'bytes held':>12} {'16-bit cache':>13} "
+             f"{'ratio':>6}"
              f" {'evicted':>9} {'reused slots':>13} {'gathered':>9}"]
     for each in samples:
         ratio = each["bytes_f16"] / each["bytes_held"]

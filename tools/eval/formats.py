@@ -73,7 +73,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             f" {row['bits_held']:10.2f}"
         )
     exact = rows[0]["exact_perplexity"]
-    lines.append(f"(exact cache: perplexity {exact:.2f}; bits held: bytes of the pool a K or V value,")
+    lines.append(f"(exact cache: perplexity {exact:.2f}; bits held: bytes of the pool a value,")
     lines.append(" buffer, partly filled pages and metadata included)")
     return "\n".join(lines)
 

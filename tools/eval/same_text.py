@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     elif differ:
         print(f"the texts part at token {differ[0]} of {options.tokens}")
     else:
-        print(f"{options.tokens} greedy tokens are identical ({result['distinct_tokens']} distinct); "
+        print(f"{options.tokens} greedy tokens are identical "
+              f"({result['distinct_tokens']} distinct); "
               f"{mine.tokens_per_s:.1f} tokens/s in process, {pool.tokens_per_s:.1f} in the pool")
     return 1 if differ else 0
 

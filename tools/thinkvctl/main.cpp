@@ -1,8 +1,8 @@
 // thinkvctl: what a running thinkvd holds, for a person or a program.
 //
 // Exit status: 0; 1 for an error; 3 when no daemon answers.
-#include <CLI/CLI.hpp>
 #include <unistd.h>
+#include <CLI/CLI.hpp>
 
 #include <chrono>
 #include <cstdio>
@@ -64,12 +64,11 @@ int top(const Arguments& arguments) {
   const char* no_color = std::getenv("NO_COLOR");
   const bool color = terminal && (no_color == nullptr || no_color[0] == '\0');
   for (;;) {
-    const int code =
-        with_status(arguments, [&](const std::string&, const nlohmann::json& parsed) {
-          // Home, then clear to the end: less flicker than clearing first.
-          return (terminal && !arguments.once ? "\x1b[H\x1b[J" : "") +
-                 thinkv::ctl::top_view(parsed, color);
-        });
+    const int code = with_status(arguments, [&](const std::string&, const nlohmann::json& parsed) {
+      // Home, then clear to the end: less flicker than clearing first.
+      return (terminal && !arguments.once ? "\x1b[H\x1b[J" : "") +
+             thinkv::ctl::top_view(parsed, color);
+    });
     if (code != 0 || arguments.once) return code;
     std::this_thread::sleep_for(std::chrono::duration<double>(arguments.interval_s));
   }

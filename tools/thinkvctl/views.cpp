@@ -34,8 +34,12 @@ std::string text(const json& node, const char* key) {
   return value.is_string() ? value.get<std::string>() : std::string();
 }
 
-std::string bytes(const json& node, const char* key) { return human_bytes(number(node, key)); }
-std::string count(const json& node, const char* key) { return human_count(number(node, key)); }
+std::string bytes(const json& node, const char* key) {
+  return human_bytes(number(node, key));
+}
+std::string count(const json& node, const char* key) {
+  return human_count(number(node, key));
+}
 
 std::string percent(uint64_t part, uint64_t whole) {
   if (whole == 0) return "-";
@@ -78,8 +82,15 @@ std::string pool_table(const json& status) {
 }
 
 std::string tenants_table(const json& status) {
-  Table table("Tenants", {{"name", Align::kLeft}, {"used"}, {"leased"}, {"reserve"}, {"limit"},
-                          {"priority"}, {"clients"}, {"sequences"}, {"refused"}});
+  Table table("Tenants", {{"name", Align::kLeft},
+                          {"used"},
+                          {"leased"},
+                          {"reserve"},
+                          {"limit"},
+                          {"priority"},
+                          {"clients"},
+                          {"sequences"},
+                          {"refused"}});
   for (const json& tenant : child(status, "tenants")) {
     table.add({text(tenant, "name"), bytes(tenant, "used_bytes"), bytes(tenant, "lease_bytes"),
                bytes(tenant, "reserve_bytes"), bytes(tenant, "limit_bytes"),
@@ -91,8 +102,18 @@ std::string tenants_table(const json& status) {
 
 std::string clients_table(const json& status) {
   Table table("Clients (thoughts: reasoning/execution/transition; ratio: against 16 bits)",
-              {{"pid"}, {"name", Align::kLeft}, {"tenant", Align::kLeft}, {"granted"}, {"leased"},
-               {"seqs"}, {"tokens"}, {"held"}, {"ratio"}, {"evicted"}, {"reused"}, {"thoughts"}});
+              {{"pid"},
+               {"name", Align::kLeft},
+               {"tenant", Align::kLeft},
+               {"granted"},
+               {"leased"},
+               {"seqs"},
+               {"tokens"},
+               {"held"},
+               {"ratio"},
+               {"evicted"},
+               {"reused"},
+               {"thoughts"}});
   table.set_empty_text("no engine is connected");
   for (const json& client : child(status, "clients")) {
     const json& told = child(client, "counters");
@@ -131,9 +152,8 @@ const char* load_color(uint64_t used, uint64_t total) {
 
 std::string top_line(const std::string& label, uint64_t used, uint64_t leased, uint64_t total,
                      bool color) {
-  const std::string drawn =
-      colored(bar(used - std::min(used, leased), leased, total, 40), color,
-              load_color(used, total));
+  const std::string drawn = colored(bar(used - std::min(used, leased), leased, total, 40), color,
+                                    load_color(used, total));
   return fmt::format("{:<24.24} {} {:>10} / {:<10} {:>6}\n", printable(label), drawn,
                      human_bytes(used), human_bytes(total), percent(used, total));
 }
@@ -146,10 +166,15 @@ std::string status_view(const json& status) {
 }
 
 std::string policies_view(const json& status) {
-  Table table("Policies", {{"name", Align::kLeft}, {"prompt", Align::kLeft},
-                           {"reasoning", Align::kLeft}, {"execution", Align::kLeft},
-                           {"transition", Align::kLeft}, {"rotated", Align::kLeft},
-                           {"budget"}, {"sequences"}, {"description", Align::kLeft}});
+  Table table("Policies", {{"name", Align::kLeft},
+                           {"prompt", Align::kLeft},
+                           {"reasoning", Align::kLeft},
+                           {"execution", Align::kLeft},
+                           {"transition", Align::kLeft},
+                           {"rotated", Align::kLeft},
+                           {"budget"},
+                           {"sequences"},
+                           {"description", Align::kLeft}});
   for (const json& policy : child(status, "policies")) {
     const bool evicts = child(policy, "evicts").is_boolean() && child(policy, "evicts").get<bool>();
     const uint64_t budget = number(policy, "budget_tokens");
@@ -159,7 +184,9 @@ std::string policies_view(const json& status) {
     table.add({text(policy, "name") + (current ? "" : " (replaced)"), text(policy, "prompt"),
                text(policy, "reasoning"), text(policy, "execution"), text(policy, "transition"),
                rotation.is_boolean() && rotation.get<bool>() ? "yes" : "no",
-               !evicts ? "no eviction" : budget == 0 ? "none" : human_count(budget),
+               !evicts       ? "no eviction"
+               : budget == 0 ? "none"
+                             : human_count(budget),
                count(policy, "sequences"), text(policy, "description")});
   }
   return table.render();

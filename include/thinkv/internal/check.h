@@ -18,9 +18,9 @@ namespace thinkv::internal {
 
 }  // namespace thinkv::internal
 
-#define THINKV_CHECK(condition)                                               \
-  (__builtin_expect(static_cast<bool>(condition), 1)                          \
-       ? static_cast<void>(0)                                                 \
+#define THINKV_CHECK(condition)                      \
+  (__builtin_expect(static_cast<bool>(condition), 1) \
+       ? static_cast<void>(0)                        \
        : ::thinkv::internal::check_failed(#condition, __FILE__, __LINE__))
 
 // O(n) walks: debug and sanitizer builds only.

@@ -11,9 +11,9 @@ namespace thinkv {
 // One page holds slots of one format. Values are stored in page descriptors: never renumbered.
 enum class Format : uint8_t {
   kNone = 0,
-  kF16 = 1,      // IEEE half
-  kBf16 = 2,     // bfloat16, same layout as kF16
-  kK8V8 = 3,     // uniform codes, one fp16 scale a vector
+  kF16 = 1,   // IEEE half
+  kBf16 = 2,  // bfloat16, same layout as kF16
+  kK8V8 = 3,  // uniform codes, one fp16 scale a vector
   kK8V4 = 4,
   kK4V4 = 5,
   kK4V2 = 6,
@@ -59,7 +59,9 @@ inline constexpr std::array<FormatInfo, kFormatCount> kFormats = {{
     {Format::kTernary, "ternary", {Coding::kTernary, 2}, {Coding::kTernary, 2}},
 }};
 
-[[nodiscard]] constexpr bool format_valid(uint8_t raw) { return raw > 0 && raw < kFormatCount; }
+[[nodiscard]] constexpr bool format_valid(uint8_t raw) {
+  return raw > 0 && raw < kFormatCount;
+}
 [[nodiscard]] constexpr const FormatInfo& format_info(Format format) {
   return kFormats[static_cast<size_t>(format)];
 }

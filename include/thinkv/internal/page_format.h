@@ -20,7 +20,8 @@
 //   V, b bits: one word of lane (g, c) holds slots 4c .. 4c + 3, one byte of each 32-bit part a
 //     slot, dims g + 8i; with i = (8 / b) * j + n:   dim = block + 8 * i + g
 //     so `w & mask(n)` is (slot 4c, slot 4c + 2) of dim row 8i + g: even slots are k 0..7.
-//   16 bits, K: lane (g, c) holds slot g; part j: dim = block + 16 * (j / 2) + 8 * (j % 2) + 2c + half
+//   16 bits, K: lane (g, c) holds slot g; part j:
+//         dim = block + 16 * (j / 2) + 8 * (j % 2) + 2c + half
 //   16 bits, V: lane (g, c) holds slots 2c, 2c + 1 as the halves of part j: dim = block + 8j + g
 //   Within a tile words are ordered [block][g][c], so a warp's 32 words are contiguous (no bank
 //   conflicts). A code left in place in a half, all else masked off, is an fp16 subnormal:
@@ -47,7 +48,9 @@ inline constexpr uint32_t kPageClassCount = 3;
 [[nodiscard]] constexpr uint32_t page_class(uint32_t head_dim) {
   return head_dim == 64 ? 0 : head_dim == 128 ? 1 : 2;
 }
-[[nodiscard]] constexpr uint32_t page_bytes(uint32_t head_dim) { return 36 * head_dim; }
+[[nodiscard]] constexpr uint32_t page_bytes(uint32_t head_dim) {
+  return 36 * head_dim;
+}
 
 // Where one code lies: `bits` bits at bit `shift` of byte `byte` (little-endian for 16 bits).
 struct CodeSite {
@@ -58,13 +61,13 @@ struct CodeSite {
 // The codes of all slots of one side (K or V) of a page.
 struct CodeSection {
   uint32_t bits;
-  uint32_t offset;       // bytes from the start of the page
+  uint32_t offset;  // bytes from the start of the page
   uint32_t slots;
   uint32_t head_dim;
-  uint32_t tile_slots;   // 16, or 8 for 16-bit values
-  uint32_t word_slots;   // slots that share a word: K 2 (1 at 16 bits), V 4 (2)
-  uint32_t word_bytes;   // 16 or 8
-  uint32_t block_dims;   // dims covered by the words of all lanes of a row (K) or column (V)
+  uint32_t tile_slots;  // 16, or 8 for 16-bit values
+  uint32_t word_slots;  // slots that share a word: K 2 (1 at 16 bits), V 4 (2)
+  uint32_t word_bytes;  // 16 or 8
+  uint32_t block_dims;  // dims covered by the words of all lanes of a row (K) or column (V)
   bool is_k;
 
   [[nodiscard]] constexpr uint32_t blocks() const { return head_dim / block_dims; }
@@ -126,7 +129,7 @@ struct PageLayout {
   CodeSection v;
   uint32_t k_scale_offset;  // [slots] fp16, or [slots][head_dim / 16] e4m3, or absent
   uint32_t v_scale_offset;
-  uint32_t position_offset; // u32 [slots]
+  uint32_t position_offset;  // u32 [slots]
   uint32_t bytes_used;
 
   [[nodiscard]] constexpr uint64_t full_mask() const {

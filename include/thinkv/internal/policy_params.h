@@ -40,12 +40,12 @@ inline constexpr uint32_t kPolicyNameMax = 48;
 
 // Trivially copyable, no padding that carries data, same bytes in every process of one protocol.
 struct PolicyParams {
-  char name[kPolicyNameMax] = {};        // zero-terminated
+  char name[kPolicyNameMax] = {};  // zero-terminated
   // Formats. kF16 in a policy means "16 bits": the model's value type decides fp16 or bf16.
   Format prompt_format = Format::kK4V4;
-  Format sink_format = Format::kK4V4;    // of the first sink_tokens of the prompt
+  Format sink_format = Format::kK4V4;  // of the first sink_tokens of the prompt
   Format thought_format[kThoughtCount] = {Format::kK4V4, Format::kK4V4, Format::kK4V4};
-  uint8_t rotate = 1;                    // randomised Hadamard on K, V, q
+  uint8_t rotate = 1;  // randomised Hadamard on K, V, q
   EvictRule evict = EvictRule::kNone;
   SelectRule select = SelectRule::kMedoids;
   SelectGrain grain = SelectGrain::kKvHead;
@@ -61,9 +61,9 @@ struct PolicyParams {
   uint32_t budget_tokens = 0;            // k: generated live tokens of a lane; 0: no budget
   uint16_t schedule[kScheduleMax] = {};  // paper: 64, 32, 16, 8, 4
   uint16_t label_layers[kLabelLayersMax] = {};
-  float thresholds[2] = {0.0f, 0.0f};    // sparsity: < [0] execution, > [1] transition
-  float near_zero = 0.01f;               // share of the row maximum
-  float score_decay = 0.97f;             // of accumulated attention, per 16 tokens
+  float thresholds[2] = {0.0f, 0.0f};  // sparsity: < [0] execution, > [1] transition
+  float near_zero = 0.01f;             // share of the row maximum
+  float score_decay = 0.97f;           // of accumulated attention, per 16 tokens
   uint32_t kmeans_iterations = 4;
   uint32_t reserved[11] = {};
 };

@@ -6,7 +6,7 @@
 //
 //   client                         daemon
 //   Hello (+ pidfd, optional) ->
-//                              <-  Welcome (+ fds: daemon-written memfd, client-written memfd, bell)
+//                              <-  Welcome (+ fds: daemon-written and client-written memfd, bell)
 //                                  or Refused, then the socket closes
 //   RegisterModel             ->
 //                              <-  ModelRegistered | Refused
@@ -80,9 +80,9 @@ struct Welcome {
 static_assert(sizeof(Welcome) == 192);
 
 struct Refused {
-  int32_t code;      // ErrorCode
+  int32_t code;  // ErrorCode
   int32_t os_error;
-  char text[504];    // for a person: what, and what to do
+  char text[504];  // for a person: what, and what to do
 };
 static_assert(sizeof(Refused) == 512);
 
@@ -150,9 +150,9 @@ enum class Op : uint16_t {
 };
 
 struct Request {
-  uint16_t op;       // Op
-  uint8_t flags;     // 0
-  uint8_t size;      // 64
+  uint16_t op;    // Op
+  uint8_t flags;  // 0
+  uint8_t size;   // 64
   uint32_t reserved0;
   uint64_t user_data;  // echoed
   uint64_t handle;     // sequence id
@@ -163,8 +163,8 @@ static_assert(sizeof(Request) == 64);
 
 struct Completion {
   uint64_t user_data;
-  int32_t status;  // ErrorCode
-  uint32_t detail; // numbers of the error: see the op; 0 otherwise
+  int32_t status;   // ErrorCode
+  uint32_t detail;  // numbers of the error: see the op; 0 otherwise
   uint64_t result[5];
   uint64_t reserved0;
 };

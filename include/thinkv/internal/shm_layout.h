@@ -54,7 +54,7 @@ struct DaemonRegion {
 
 // What a client says about itself for `thinkvctl top`; plain numbers, shown and never trusted.
 struct ClientCounters {
-  std::atomic<uint64_t> tokens;            // appended, prompt included
+  std::atomic<uint64_t> tokens;  // appended, prompt included
   std::atomic<uint64_t> live_slots;
   std::atomic<uint64_t> evicted_slots;
   std::atomic<uint64_t> reused_slots;
@@ -62,8 +62,8 @@ struct ClientCounters {
   std::atomic<uint64_t> demotions;
   std::atomic<uint64_t> over_budget_steps;
   std::atomic<uint64_t> thoughts[kThoughtCount];
-  std::atomic<uint64_t> held_bytes;        // pages in use + metadata
-  std::atomic<uint64_t> f16_bytes;         // what a 16-bit cache would hold
+  std::atomic<uint64_t> held_bytes;  // pages in use + metadata
+  std::atomic<uint64_t> f16_bytes;   // what a 16-bit cache would hold
   std::atomic<uint64_t> reserved[4];
 };
 static_assert(sizeof(ClientCounters) == 128);
@@ -73,7 +73,7 @@ struct ClientRegion {
   uint16_t protocol_major;
   uint16_t protocol_minor;
   uint8_t reserved[120];
-  Flag sleeping;        // 1: a thread waits on the doorbell; the daemon wakes it
+  Flag sleeping;  // 1: a thread waits on the doorbell; the daemon wakes it
   Index request_tail;
   Index completion_head;
   Index grant_head[kPageClassCount];

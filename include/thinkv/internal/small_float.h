@@ -15,7 +15,7 @@ namespace thinkv {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFF'FFFFu;
-  if (magnitude > 0x7F80'0000u) return static_cast<uint16_t>(sign | 0x7E00u);  // NaN
+  if (magnitude > 0x7F80'0000u) return static_cast<uint16_t>(sign | 0x7E00u);   // NaN
   if (magnitude >= 0x4780'0000u) return static_cast<uint16_t>(sign | 0x7C00u);  // >= 65536, inf
   if (magnitude < 0x3880'0000u) {  // below 2^-14: subnormal, in units of 2^-24
     if (magnitude < 0x3300'0000u) return static_cast<uint16_t>(sign);  // below half a unit
@@ -108,13 +108,20 @@ inline constexpr float kE2m1Magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f,
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const float m = std::bit_cast<float>(bits & 0x7FFF'FFFFu);
   uint8_t code = 0;
-  if (m > 5.0f) code = 7;
-  else if (m >= 3.5f) code = 6;
-  else if (m > 2.5f) code = 5;
-  else if (m >= 1.75f) code = 4;
-  else if (m > 1.25f) code = 3;
-  else if (m >= 0.75f) code = 2;
-  else if (m > 0.25f) code = 1;
+  if (m > 5.0f)
+    code = 7;
+  else if (m >= 3.5f)
+    code = 6;
+  else if (m > 2.5f)
+    code = 5;
+  else if (m >= 1.75f)
+    code = 4;
+  else if (m > 1.25f)
+    code = 3;
+  else if (m >= 0.75f)
+    code = 2;
+  else if (m > 0.25f)
+    code = 1;
   return static_cast<uint8_t>(code | ((bits >> 28) & 8u));
 }
 

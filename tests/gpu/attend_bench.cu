@@ -1,4 +1,4 @@
-// attend_cuda.cu: microseconds of one layer's decode attention on this GPU.
+// attend_bench.cu: microseconds of one layer's decode attention on this GPU.
 //
 // CUDA graphs over copies of the pool that rotate (more than L2 in all), random page order, median
 // of 20 replays. "useful" counts codes and scales of the live tokens and is a share of a streaming
