@@ -115,6 +115,8 @@ class [[nodiscard]] Result {
  private:
   union Storage {
     Storage() : error{} {}
+    Storage(const Storage&) = delete;
+    Storage& operator=(const Storage&) = delete;
     ~Storage() {}
     T value;
     Error error;
@@ -165,9 +167,11 @@ using Status = Result<void>;
   do {                                                                             \
     if (auto thinkv_status = (expr); !thinkv_status) return thinkv_status.error(); \
   } while (false)
+// NOLINTBEGIN(bugprone-macro-parentheses): `lhs` may be a declaration, `tmp` is a name.
 #define THINKV_ASSIGN_OR_RETURN(lhs, expr) \
   THINKV_ASSIGN_OR_RETURN_INNER(THINKV_CONCAT(thinkv_result_, __LINE__), lhs, expr)
 #define THINKV_ASSIGN_OR_RETURN_INNER(tmp, lhs, expr) \
   auto tmp = (expr);                                  \
   if (!tmp) return tmp.error();                       \
   lhs = std::move(tmp).value()
+// NOLINTEND(bugprone-macro-parentheses)
