@@ -4,7 +4,8 @@
     tidy.py [--build DIR] [--limit SECONDS] [--jobs N] [FILE...]
 
 Without FILEs: sources changed against the main branch first, then daemon/core, then the rest. What
-the limit leaves out is counted in the last line. Exit 77 without clang-tidy 14.
+the limit leaves out is counted in the last line. Findings fail in the CLEAN folders only. Exit 77
+without clang-tidy 14.
 """
 
 import argparse
@@ -18,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Folders without a finding: one there is a failure. Elsewhere findings are shown and do not fail
+# yet. The list may only grow.
+CLEAN = ("daemon/core/",)
 ORDER = ("daemon/core/", "daemon/ipc/", "client/", "daemon/", "kernels/", "tools/")
 
 
@@ -76,16 +80,18 @@ def main() -> int:
         print("tidy: no source found to check")
         return 1
     deadline = time.monotonic() + options.limit if options.limit else float("inf")
-    failed = left = 0
+    failed = left = known = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, findings in pool.map(
                 lambda n: check_one(tool, options.build, n, deadline), names):
             if findings is None:
                 left += 1
             elif findings:
-                failed += 1
+                failed += name.startswith(CLEAN)
+                known += not name.startswith(CLEAN)
                 print(f"--- {name}\n{findings}", flush=True)
-    print(f"tidy: {len(names) - left} of {len(names)} files checked, {failed} with findings")
+    print(f"tidy: {len(names) - left} of {len(names)} files checked, {failed} failed, "
+          f"{known} with findings in folders that are not clean yet")
     return 1 if failed else 0
 
 
