@@ -9,6 +9,8 @@ namespace thinkv::core {
 namespace {
 
 bool same(const PolicyParams& a, const PolicyParams& b) {
+  // As bytes on purpose: a float that differs only in its sign of zero makes a new policy, no harm.
+  // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
   return std::memcmp(&a, &b, sizeof(PolicyParams)) == 0;
 }
 
