@@ -93,6 +93,7 @@ TEST_F(Link, RequestsWaitWhileCompletionsHaveNoPlace) {
 
 TEST_F(Link, UnansweredRequestsKeepTheirPlaces) {
   push_requests(limits::kRequestRing);
+  ASSERT_GT(link->requests_ready(), 0u);
   for (uint32_t i = 0; i < limits::kRequestRing; ++i) (void)link->take_request();
   link->publish();
   EXPECT_EQ(link->unanswered(), limits::kRequestRing);
