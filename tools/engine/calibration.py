@@ -55,8 +55,10 @@ def calibrate(traces: list[np.ndarray], agreement: float = AGREEMENT) -> Calibra
                       key=lambda layer: (-share[layer], layer))[:LAYERS_KEPT]
     if not eligible:
         best = int(share.argmax())
-        note = (f"One class only: no layer shows three modes on {100 * agreement:.0f} % of "
-                f"{prompts} prompts (best: layer {best} on {100 * share[best]:.0f} %).")
+        nearest = (f"the nearest, layer {best}, on {100 * share[best]:.0f} %" if share[best] > 0
+                   else "none does on any")
+        note = (f"One class only: a layer should show three modes on {100 * agreement:.0f} % of "
+                f"{prompts} prompts; {nearest}.")
         return Calibration(1, [], [], counts, note)
     means = [np.mean(valleys[layer], axis=0) for layer in eligible]
     thresholds = [float(value) for value in np.mean(means, axis=0)]
