@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "client/abi.h"
+#include "client/abi_guard.h"
+#include "client/gpu_calls.h"
 #include "client/objects.h"
 #include "client/tensor.h"
 #include "thinkv/thinkv.h"
@@ -16,53 +18,6 @@
 
 namespace thinkv::client {
 namespace {
-
-Handle to_handle(const void* pointer) {
-  return reinterpret_cast<Handle>(pointer);
-}
-template <class Opaque>
-Opaque* to_opaque(Handle handle) {
-  return reinterpret_cast<Opaque*>(handle);  // a number, never followed: handles.h
-}
-
-template <class Fn>
-thinkv_status guard(thinkv_error* error, Fn&& fn) {
-  const int saved = errno;
-  thinkv_status code = THINKV_OK;
-  try {
-    if (const Status status = fn(); !status) code = report_error(status.error(), error);
-  } catch (const std::bad_alloc&) {
-    code = report_error(make_error(ErrorCode::kInternal, "out of memory"), error);
-  } catch (...) {
-    code = report_error(make_error(ErrorCode::kInternal, "unexpected exception"), error);
-  }
-  errno = saved;
-  return code;
-}
-
-Error null_argument(const char* name) {
-  return describe(ErrorCode::kInvalidArgument, "%s is null", name);
-}
-
-// Opens something and hands its handle out.
-template <class Opaque, class Fn>
-Status open_into(Opaque** out, const char* name, Fn&& fn) {
-  if (out == nullptr) return null_argument(name);
-  THINKV_ASSIGN_OR_RETURN(const Handle handle, fn());
-  *out = to_opaque<Opaque>(handle);
-  return {};
-}
-
-template <class Fn>
-void close_quietly(Fn&& fn) {
-  const int saved = errno;
-  try {
-    fn();
-  } catch (...) {
-    // Out of memory on the way out: what is left is reclaimed with the process.
-  }
-  errno = saved;
-}
 
 std::string client_name(const char* given) {
   if (given != nullptr && given[0] != '\0') return given;
@@ -174,6 +129,7 @@ Status prefill(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* k
   }
   const int64_t k_shape[] = {kAny, geometry.kv_heads, geometry.head_dim};
   const int64_t v_shape[] = {tokens, geometry.kv_heads, geometry.head_dim};
+  if (pin->gpu) return prefill_on_gpu(*pin->gpu, layer, *k, v, k_shape, v_shape);
   std::vector<float> k_rows;
   std::vector<float> v_rows;
   THINKV_ASSIGN_OR_RETURN(const float* k_data, input_rows("k", k, k_shape, k_rows));
@@ -183,10 +139,10 @@ Status prefill(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* k
 
 Status prefill_end(thinkv_sequence* sequence) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  if (pin->gpu) return prefill_end_on_gpu(*pin);
   THINKV_TRY(pin->sequence->prefill_end());
   pin->source->settle();
-  pin->report();
-  return {};
+  return pin->report();
 }
 
 Status evict(thinkv_sequence* sequence, const uint32_t* positions, size_t count,
@@ -197,10 +153,11 @@ Status evict(thinkv_sequence* sequence, const uint32_t* positions, size_t count,
     return describe(ErrorCode::kInvalidArgument, "%zu positions, at most %u", count,
                     limits::kTokensMax);
   }
+  const std::span wanted(positions, count);
   THINKV_ASSIGN_OR_RETURN(const uint64_t evicted,
-                          pin->sequence->evict(std::span(positions, count)));
-  pin->source->settle();
-  pin->report();
+                          pin->gpu ? pin->gpu->evict(wanted) : pin->sequence->evict(wanted));
+  if (!pin->gpu) pin->source->settle();
+  THINKV_TRY(pin->report());
   if (evicted_slots != nullptr) *evicted_slots = evicted;
   return {};
 }
@@ -216,17 +173,19 @@ Status quantize(thinkv_sequence* sequence, uint32_t first, uint32_t last, const 
                     "nvfp4, ternary",
                     format);
   }
-  Result<uint64_t> recoded = pin->sequence->quantize(first, last, *known);
-  pin->source->settle();
+  Result<uint64_t> recoded = pin->gpu ? pin->gpu->quantize(first, last, *known)
+                                      : pin->sequence->quantize(first, last, *known);
+  if (!pin->gpu) pin->source->settle();
   if (!recoded) return recoded.error();
-  pin->report();
+  THINKV_TRY(pin->report());
   if (recoded_slots != nullptr) *recoded_slots = recoded.value();
   return {};
 }
 
 Status set_budget(thinkv_sequence* sequence, uint32_t budget_tokens) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
-  THINKV_TRY(pin->sequence->set_budget(budget_tokens));
+  THINKV_TRY(pin->gpu ? pin->gpu->set_budget(budget_tokens)
+                      : pin->sequence->set_budget(budget_tokens));
   // The daemon keeps it for its status only, so the sequence decides first.
   return pin->model->client->session->set_budget(pin->id, budget_tokens);
 }
@@ -256,7 +215,8 @@ thinkv_sequence_stats to_abi(const kernels::SequenceStats& s, uint32_t lanes) {
 
 Status sequence_stats(thinkv_sequence* sequence, thinkv_sequence_stats* stats) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
-  return write_stats("sequence stats", to_abi(pin->sequence->stats(), pin->model->geometry.lanes()),
+  THINKV_ASSIGN_OR_RETURN(const kernels::SequenceStats known, pin->stats());
+  return write_stats("sequence stats", to_abi(known, pin->model->geometry.lanes()),
                      offsetof(thinkv_sequence_stats, reserved), stats);
 }
 
@@ -265,6 +225,7 @@ Status sparsity_of(thinkv_sequence* sequence, const thinkv_output* sparsity) {
   const uint32_t layers = pin->model->geometry.layers;
   const int64_t shape[] = {layers};
   THINKV_ASSIGN_OR_RETURN(float* data, output_rows("sparsity", sparsity, shape));
+  if (pin->gpu) return pin->gpu->sparsity(std::span(data, layers));
   pin->sequence->sparsity(std::span(data, layers));
   return {};
 }

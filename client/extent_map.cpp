@@ -36,15 +36,32 @@ Status ExtentMap::add(const protocol::Extent& extent, int fd) {
   if (known && entry.generation == extent.generation) {
     return describe(ErrorCode::kUnavailable, "thinkvd sent extent %u twice", extent.extent_id);
   }
-  THINKV_ASSIGN_OR_RETURN(MappedRange range, MappedRange::map(fd, extent.extent_bytes,
-                                                              Access::kReadWrite, "an extent"));
+  if (extent_bytes_ != 0 && extent.extent_bytes != extent_bytes_) {
+    return describe(ErrorCode::kUnavailable,
+                    "thinkvd sent extent %u with %llu bytes, %llu were announced", extent.extent_id,
+                    static_cast<unsigned long long>(extent.extent_bytes),
+                    static_cast<unsigned long long>(extent_bytes_));
+  }
+  THINKV_ASSIGN_OR_RETURN(std::byte* const base, map(extent, fd, &entry));
   entry.page_bytes = extent.page_bytes;
   entry.page_count = extent.page_count;
   entry.page_class = extent.page_class;
   entry.generation = extent.generation;
-  entry.range = std::move(range);
-  entry.base.store(entry.range.data(), std::memory_order_release);
+  entry.base.store(base, std::memory_order_release);
   return {};
+}
+
+Result<std::byte*> ExtentMap::map(const protocol::Extent& extent, int fd, Entry* entry) {
+  if (window_ != nullptr) {
+    const ExtentId id(extent.extent_id);
+    entry->base.store(nullptr, std::memory_order_release);
+    THINKV_TRY(window_->map(id, fd, Access::kReadWrite));
+    return reinterpret_cast<std::byte*>(window_->address(id));
+  }
+  THINKV_ASSIGN_OR_RETURN(MappedRange range, MappedRange::map(fd, extent.extent_bytes,
+                                                              Access::kReadWrite, "an extent"));
+  entry->range = std::move(range);
+  return entry->range.data();
 }
 
 bool ExtentMap::mapped(ExtentId id) const {

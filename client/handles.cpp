@@ -49,6 +49,8 @@ const char* handle_kind_name(HandleKind kind) {
       return "sequence";
     case HandleKind::kStep:
       return "step";
+    case HandleKind::kBatch:
+      return "batch";
   }
   return "handle";
 }

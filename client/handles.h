@@ -16,7 +16,7 @@
 
 namespace thinkv::client {
 
-enum class HandleKind : uint8_t { kClient = 1, kModel = 2, kSequence = 3, kStep = 4 };
+enum class HandleKind : uint8_t { kClient = 1, kModel = 2, kSequence = 3, kStep = 4, kBatch = 5 };
 [[nodiscard]] const char* handle_kind_name(HandleKind kind);
 
 enum class Use { kShared, kExclusive };

@@ -14,6 +14,9 @@
 #include <string>
 #include <vector>
 
+#include "client/gpu/batch.h"
+#include "client/gpu/engine.h"
+#include "client/gpu/sequence.h"
 #include "client/handles.h"
 #include "client/session.h"
 #include "kernels/host/thread_pool.h"
@@ -47,25 +50,38 @@ struct Model {
   Client* client = nullptr;
   Handle handle = 0;
   ModelGeometry geometry;
-  uint32_t id = 0;  // the daemon's
+  uint32_t id = 0;                 // the daemon's
+  std::unique_ptr<GpuEngine> gpu;  // cuda backend: not null
   Children sequences;
   Children steps;
+  Children batches;
 };
 
-// A sequence and where its pages come from. The order of the members is the order of their life:
-// the sequence gives its pages to the source, the source to the lease.
+// A sequence and where its pages come from: in host memory, or on the GPU (`gpu` not null). The
+// order of the members is the order of their life: the sequence gives its pages to the source, the
+// source to the lease.
 struct SequenceObject {
   Model* model = nullptr;
   Handle handle = 0;
   uint64_t id = 0;  // the daemon's
   std::unique_ptr<LeaseSource> source;
   std::optional<kernels::Sequence> sequence;
+  std::unique_ptr<GpuSequence> gpu;
   kernels::SequenceStats reported;  // what the client's counters know of
   std::atomic<Handle> step{0};      // that it is part of
   uint64_t live_tokens = 0;         // of a lane on average, at the last step's end
 
-  // Adds what changed since the last report to the client's counters.
-  void report();
+  // Adds what changed since the last report to the client's counters. On the GPU it waits for the
+  // stream. Errors: kDeviceFailed; never on the host.
+  Status report();
+  [[nodiscard]] Result<kernels::SequenceStats> stats();
+};
+
+// Rows of a step on the GPU.
+struct BatchObject {
+  Model* model = nullptr;
+  Handle handle = 0;
+  std::unique_ptr<GpuBatch> batch;
 };
 
 // One decode step of a batch. All sequences in it move in lockstep: layer by layer, each once.
@@ -89,11 +105,12 @@ struct StepObject {
   void dissolve();
 };
 
-// All four close what hangs on them, wait for running calls, and do nothing on a closed handle.
+// All five close what hangs on them, wait for running calls, and do nothing on a closed handle.
 void close_client(Handle handle);
 void close_model(Handle handle);
 void close_sequence(Handle handle);
 void close_step(Handle handle);  // cancels it
+void close_batch(Handle handle);
 
 // Errors as thinkv.h says. `options` were checked for struct_size, nothing else.
 [[nodiscard]] Result<Handle> open_client(const SessionOptions& options, uint32_t threads);
@@ -105,6 +122,7 @@ struct SequenceOpenOptions {
   bool trace_sparsity = false;
 };
 [[nodiscard]] Result<Handle> open_sequence(Handle model, const SequenceOpenOptions& options);
+[[nodiscard]] Result<Handle> open_batch(Handle model, const GpuBatch::Options& options);
 [[nodiscard]] Result<Handle> begin_step(Handle model, std::span<const Handle> sequences);
 // Ends the step and frees it in any case.
 [[nodiscard]] Status end_step(Handle step);
@@ -114,6 +132,7 @@ class SequencePin {
  public:
   [[nodiscard]] static Result<SequencePin> get(Handle handle);
   [[nodiscard]] SequenceObject* operator->() const { return &*sequence_; }
+  [[nodiscard]] SequenceObject& operator*() const { return *sequence_; }
 
  private:
   SequencePin(Pinned<SequenceObject> sequence, std::optional<Pinned<StepObject>> step)

@@ -38,6 +38,10 @@ bool same(const ModelGeometry& a, const ModelGeometry& b) {
          a.softmax_scale == b.softmax_scale;
 }
 
+bool on_gpu(const protocol::Welcome& welcome) {
+  return std::strcmp(welcome.backend, "cuda") == 0;
+}
+
 // One writer per word (the session's mutex), so a load and a store are enough.
 void add(std::atomic<uint64_t>& word, uint64_t delta) {
   word.store(word.load(std::memory_order_relaxed) + delta, std::memory_order_relaxed);
@@ -60,6 +64,7 @@ Result<std::unique_ptr<Session>> Session::open(const SessionOptions& options) {
   THINKV_TRY(session->take_welcome(session->inbox_));
   THINKV_TRY(session->map_regions(session->inbox_));
   session->start_rings();
+  THINKV_TRY(session->open_window());
   return session;
 }
 
@@ -92,6 +97,20 @@ Status Session::take_welcome(ControlMessage& message) {
     return describe(ErrorCode::kVersionMismatch,
                     "thinkvd %s speaks protocol %u, this library (%s) speaks %u: upgrade one",
                     welcome_.daemon_version, welcome_.protocol_major, kVersionText, kProtocolMajor);
+  }
+  if (!on_gpu(welcome_) && std::strcmp(welcome_.backend, "host") != 0) {
+    return describe(
+        ErrorCode::kVersionMismatch,
+        "thinkvd %s has backend '%s', which this library (%s) does not know: upgrade it",
+        welcome_.daemon_version, welcome_.backend, kVersionText);
+  }
+  if (welcome_.extent_bytes < limits::kExtentBytesMin ||
+      welcome_.extent_bytes > limits::kExtentBytesMax ||
+      welcome_.extent_bytes % limits::kExtentBytesMin != 0) {
+    return describe(ErrorCode::kVersionMismatch,
+                    "thinkvd %s announced extents of %llu bytes: upgrade it or this library (%s)",
+                    welcome_.daemon_version, static_cast<unsigned long long>(welcome_.extent_bytes),
+                    kVersionText);
   }
   return {};
 }
@@ -137,6 +156,25 @@ void Session::start_rings() {
           return receive_extents();
         }});
   }
+}
+
+Status Session::open_window() {
+  extents_.expect(welcome_.extent_bytes, nullptr);
+  if (!on_gpu(welcome_)) return {};
+  const Result<const cuda::Driver*> driver = cuda::Driver::load();
+  if (!driver)
+    return describe(driver.error().code, "thinkvd's pool is on a GPU: %s", driver.error().what);
+  protocol::Request request{};
+  request.op = static_cast<uint16_t>(protocol::Op::kClientStats);
+  THINKV_ASSIGN_OR_RETURN(const protocol::Completion completion, call(request, "count pages"));
+  const uint64_t extents = completion.result[4] / welcome_.extent_bytes;
+  DeviceWindow::Options options;
+  std::memcpy(options.device.bytes.data(), welcome_.device_uuid, sizeof(welcome_.device_uuid));
+  options.extent_bytes = welcome_.extent_bytes;
+  options.extents_min = static_cast<uint32_t>(std::min<uint64_t>(extents, limits::kExtentsMax));
+  THINKV_ASSIGN_OR_RETURN(window_, DeviceWindow::open(**driver, options));
+  extents_.expect(welcome_.extent_bytes, window_.get());
+  return {};
 }
 
 template <class Body>

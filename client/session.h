@@ -16,6 +16,7 @@
 
 #include "client/channel.h"
 #include "client/control_socket.h"
+#include "client/device_window.h"
 #include "client/extent_map.h"
 #include "client/lease.h"
 #include "client/lease_source.h"
@@ -63,7 +64,8 @@ struct PoolUse {
 
 class Session {
  public:
-  // Errors: kUnavailable, kVersionMismatch, kPermission, kExhausted (too many clients).
+  // Errors: kUnavailable, kVersionMismatch, kPermission, kExhausted (too many clients, or no
+  // memory on the GPU), kUnsupported (no driver, or the pool's GPU is not visible), kDeviceFailed.
   [[nodiscard]] static Result<std::unique_ptr<Session>> open(const SessionOptions& options);
   ~Session();
   Session(const Session&) = delete;
@@ -87,6 +89,8 @@ class Session {
   [[nodiscard]] std::unique_ptr<LeaseSource> make_source(uint32_t page_class);
   void add_counters(const CounterDelta& delta);
   [[nodiscard]] const char* backend() const { return welcome_.backend; }
+  // Where the extents lie on the GPU; null on the host backend.
+  [[nodiscard]] const DeviceWindow* device_window() const { return window_.get(); }
   // For latency measurements: 0 makes every round trip sleep.
   void set_spin(std::chrono::microseconds spin);
 
@@ -108,6 +112,8 @@ class Session {
   [[nodiscard]] Status take_welcome(ControlMessage& message);
   [[nodiscard]] Status map_regions(ControlMessage& message);
   void start_rings();
+  // On the cuda backend: finds the GPU and reserves addresses for the pool.
+  [[nodiscard]] Status open_window();
   // Waits for the reply to request_id_ in inbox_; Extents that arrive before it are added.
   [[nodiscard]] Status await_reply(protocol::MessageType wanted);
   [[nodiscard]] Status handle_pushed(ControlMessage& message);
@@ -126,6 +132,7 @@ class Session {
   MappedRange daemon_range_;
   MappedRange client_range_;
   shm::ClientRegion* client_region_ = nullptr;
+  std::unique_ptr<DeviceWindow> window_;
   ExtentMap extents_;
   std::optional<Channel> channel_;
   std::vector<Lease> leases_;  // one a page class; the addresses are stable after open

@@ -50,17 +50,44 @@ void convert(const void* data, size_t count, std::vector<float>& out) {
   for (size_t i = 0; i < count; ++i) out[i] = kToFloat(halves[i]);
 }
 
+// What kernels load and store at once.
+constexpr size_t kDeviceAlignment = 16;
+
+Error unknown_type(const char* name, uint32_t dtype) {
+  return describe(ErrorCode::kUnsupported,
+                  "%s: data type %u is none of float32 (0), float16 (1), bfloat16 (2)", name,
+                  dtype);
+}
+
 }  // namespace
+
+Result<const void*> device_input(const char* name, const thinkv_tensor* tensor,
+                                 std::span<const int64_t> shape) {
+  if (tensor == nullptr) return describe(ErrorCode::kInvalidArgument, "%s is null", name);
+  THINKV_TRY(check_shape(name, tensor->ndim, tensor->shape, shape));
+  if (tensor->dtype > THINKV_BFLOAT16) return unknown_type(name, tensor->dtype);
+  THINKV_TRY(check_data(name, tensor->data, kDeviceAlignment));
+  return tensor->data;
+}
+
+Result<void*> device_output(const char* name, const thinkv_output* output,
+                            std::span<const int64_t> shape, bool fp32_only) {
+  if (output == nullptr) return describe(ErrorCode::kInvalidArgument, "%s is null", name);
+  THINKV_TRY(check_shape(name, output->ndim, output->shape, shape));
+  if (output->dtype > THINKV_BFLOAT16) return unknown_type(name, output->dtype);
+  if (fp32_only && output->dtype != THINKV_FLOAT32) {
+    return describe(ErrorCode::kUnsupported, "%s: data type %u; it is float32 (0)", name,
+                    output->dtype);
+  }
+  THINKV_TRY(check_data(name, output->data, kDeviceAlignment));
+  return output->data;
+}
 
 Result<const float*> input_rows(const char* name, const thinkv_tensor* tensor,
                                 std::span<const int64_t> shape, std::vector<float>& converted) {
   if (tensor == nullptr) return describe(ErrorCode::kInvalidArgument, "%s is null", name);
   THINKV_TRY(check_shape(name, tensor->ndim, tensor->shape, shape));
-  if (tensor->dtype > THINKV_BFLOAT16) {
-    return describe(ErrorCode::kUnsupported,
-                    "%s: data type %u is none of float32 (0), float16 (1), bfloat16 (2)", name,
-                    tensor->dtype);
-  }
+  if (tensor->dtype > THINKV_BFLOAT16) return unknown_type(name, tensor->dtype);
   THINKV_TRY(check_data(name, tensor->data, tensor->dtype == THINKV_FLOAT32 ? 4 : 2));
   if (tensor->dtype == THINKV_FLOAT32) return static_cast<const float*>(tensor->data);
   size_t count = 1;

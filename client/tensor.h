@@ -25,4 +25,11 @@ inline constexpr int64_t kAny = -1;
 [[nodiscard]] Result<float*> output_rows(const char* name, const thinkv_output* output,
                                          std::span<const int64_t> shape);
 
+// The same checks for tensors in GPU memory, which are used as they are. Whether the address is one
+// of the GPU is the engine's to say.
+[[nodiscard]] Result<const void*> device_input(const char* name, const thinkv_tensor* tensor,
+                                               std::span<const int64_t> shape);
+[[nodiscard]] Result<void*> device_output(const char* name, const thinkv_output* output,
+                                          std::span<const int64_t> shape, bool fp32_only);
+
 }  // namespace thinkv::client

@@ -6,7 +6,7 @@
 
 #include <csignal>
 
-#include "daemon/device/host/host_device.h"
+#include "daemon/device/factory.h"
 #include "daemon/ops/log.h"
 #include "daemon/ops/notify.h"
 #include "daemon/ops/scalars.h"
@@ -43,6 +43,15 @@ ipc::ServerOptions server_options(const ops::Config& config) {
   options.clients_per_user_max = config.clients_per_user_max;
   options.messages_per_second = config.messages_per_second;
   options.slow_client_ns = config.slow_client_ms * 1'000'000u;
+  return options;
+}
+
+device::DeviceOptions device_options(const ops::Config& config) {
+  device::DeviceOptions options;
+  options.kind = config.backend == ops::Backend::kCuda ? device::Kind::kCuda : device::Kind::kHost;
+  options.gpu = config.device;
+  options.pool_bytes = config.pool_bytes;
+  options.extent_bytes = config.extent_bytes;
   return options;
 }
 
@@ -149,13 +158,15 @@ Result<std::unique_ptr<Daemon>> Daemon::create(const Overrides& overrides, Setti
   THINKV_ASSIGN_OR_RETURN(
       ipc::Listener listener,
       ipc::Listener::open(config.socket_path, mode_of(config.socket_access), why));
-  daemon->device_ = std::make_unique<device::HostDevice>();
+  THINKV_ASSIGN_OR_RETURN(daemon->device_, device::make_device(device_options(config), why));
   THINKV_ASSIGN_OR_RETURN(daemon->service_,
                           core::Service::create({config.pool_bytes, config.extent_bytes},
                                                 core_config(daemon->settings_), why));
   ipc::ServerOptions options = server_options(config);
   options.boot_epoch = realtime_ns();
   options.backend = daemon->device_->name();
+  options.device_uuid = daemon->device_->uuid();
+  options.extent_bytes = config.extent_bytes;
   daemon->server_ = std::make_unique<ipc::Server>(options, std::move(listener),
                                                   daemon->service_.get(), daemon.get());
   ops::Report& report = daemon->report_;

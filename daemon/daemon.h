@@ -41,7 +41,7 @@ struct Settings {
 class Daemon final : public ipc::Host {
  public:
   // Everything is there and listening. Errors: kUnavailable (another daemon), kInvalidArgument,
-  // kPermission; *why is a sentence for a person.
+  // kPermission, and those of device::make_device; *why is a sentence for a person.
   static Result<std::unique_ptr<Daemon>> create(const Overrides& overrides, Settings settings,
                                                 std::string* why);
   // Until SIGTERM or SIGINT. SIGHUP reloads.

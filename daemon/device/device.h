@@ -1,7 +1,7 @@
 // device.h: where the memory of extents comes from.
 //
-// One interface, several backends: host (sealed memfds, kernels on the CPU) and later cuda. The
-// shell calls it for the core's actions and answers ExtentReady or ExtentFailed.
+// One interface, two backends: host (sealed memfds, kernels on the CPU) and cuda (a GPU's memory).
+// The shell calls it for the core's actions and answers ExtentReady or ExtentFailed.
 // Threads: the event loop only. Ownership: the device owns each extent's memory and descriptor
 // until release_extent or destruction; memory behind descriptors that were sent lives on with its
 // mappers.
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "thinkv/internal/device_uuid.h"
 #include "thinkv/internal/units.h"
 #include "thinkv/result.h"
 
@@ -29,10 +30,13 @@ class Device {
   // "host" | "cuda": what Welcome and the status report. Static.
   [[nodiscard]] virtual const char* name() const = 0;
 
+  // The GPU, by which clients find it among theirs; none on the host backend.
+  [[nodiscard]] virtual DeviceUuid uuid() const { return {}; }
+
   // Makes `bytes` of new memory that reads as zeros, committed: a later write cannot fail for want
   // of memory. Errors: kExhausted (os_error ENOMEM, ENOSPC, EMFILE, ENFILE: may work later),
   // kInvalidArgument (0 bytes, or the extent exists: release it first), kDeviceFailed (the device
-  // will not do it later either).
+  // will not do it later either). os_error is an errno, or the CUresult of the cuda backend.
   [[nodiscard]] virtual Status create_extent(ExtentId extent, uint64_t bytes) = 0;
 
   // Drops our hold on the memory. An extent that does not exist is left alone.

@@ -2,6 +2,7 @@
 #include <spdlog/spdlog.h>
 
 #include <cerrno>
+#include <cstring>
 
 #include "daemon/ipc/server.h"
 #include "thinkv/internal/shm_layout.h"
@@ -51,6 +52,8 @@ void Server::perform(const core::Admit& action) {
   copy_text(welcome.tenant, action.tenant_name);
   copy_text(welcome.backend, options_.backend);
   copy_text(welcome.daemon_version, kVersionText);
+  std::memcpy(welcome.device_uuid, options_.device_uuid.bytes.data(), sizeof(welcome.device_uuid));
+  welcome.extent_bytes = options_.extent_bytes;
   const ClientLink& link = *connection->link;
   const int fds[] = {link.daemon_region_fd(), link.client_region_fd(), link.bell_fd()};
   send(*connection, encode(MessageType::kWelcome, connection->hello_request_id, welcome, 3), fds);
@@ -134,7 +137,7 @@ void Server::create_one_extent() {
   } else {
     const Error error = made.error();
     if (may_log()) {
-      spdlog::error("extent {} of {} bytes cannot be made: {} (errno {})", next.extent.value(),
+      spdlog::error("extent {} of {} bytes cannot be made: {} (error {})", next.extent.value(),
                     next.bytes, error.what, error.os_error);
     }
     feed(core::ExtentFailed{next.extent, error.os_error, error.code == ErrorCode::kDeviceFailed});

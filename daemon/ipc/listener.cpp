@@ -10,6 +10,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "thinkv/internal/limits.h"
+
 namespace thinkv::ipc {
 namespace {
 
@@ -94,28 +96,33 @@ Status make_folder(const std::string& path, std::string* why) {
 }  // namespace
 
 Result<Listener> Listener::open(const std::string& path, mode_t mode, std::string* why) {
-  if (path.empty() || path.size() >= sizeof(sockaddr_un::sun_path)) {
-    return fail(ErrorCode::kInvalidArgument, why,
-                "the socket path must have 1 to " +
-                    std::to_string(sizeof(sockaddr_un::sun_path) - 1) + " bytes");
+  if (path.empty() || path.size() > limits::kSocketPathMax) {
+    return fail(
+        ErrorCode::kInvalidArgument, why,
+        "the socket path must have 1 to " + std::to_string(limits::kSocketPathMax) + " bytes");
   }
   THINKV_TRY(make_folder(path, why));
   Listener listener;
   THINKV_ASSIGN_OR_RETURN(listener.lock_, take_lock(path, why));
   THINKV_TRY(remove_stale(path, why));
   listener.socket_ = make_socket();
-  const sockaddr_un address = address_of(path);
-  // Bound with no rights for others: between bind and chmod nobody slips in.
+  // Bound under another name, with no rights for others, and renamed once it listens: a client that
+  // sees the path is never refused, and between bind and chmod nobody slips in.
+  const std::string pending = path + "~";
+  THINKV_TRY(remove_stale(pending, why));
+  const sockaddr_un address = address_of(pending);
   const mode_t before = ::umask(0177);
   const int bound =
       ::bind(listener.socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
   const int bind_error = errno;
   ::umask(before);
-  if (bound != 0) return fail(ErrorCode::kPermission, why, "cannot bind " + path, bind_error);
-  listener.path_ = path;  // from here the destructor removes the file
-  if (::chmod(path.c_str(), mode) != 0 || ::listen(listener.socket_.get(), kBacklog) != 0) {
+  if (bound != 0) return fail(ErrorCode::kPermission, why, "cannot bind " + pending, bind_error);
+  listener.path_ = pending;  // from here the destructor removes the file
+  if (::listen(listener.socket_.get(), kBacklog) != 0 || ::chmod(pending.c_str(), mode) != 0 ||
+      ::rename(pending.c_str(), path.c_str()) != 0) {
     return fail(ErrorCode::kInternal, why, "cannot listen on " + path, errno);
   }
+  listener.path_ = path;
   return listener;
 }
 

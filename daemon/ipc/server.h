@@ -24,6 +24,7 @@
 #include "daemon/ipc/connection.h"
 #include "daemon/ipc/listener.h"
 #include "daemon/ipc/process_table.h"
+#include "thinkv/internal/device_uuid.h"
 
 namespace thinkv::ipc {
 
@@ -42,6 +43,8 @@ class Host {
 struct ServerOptions {
   uint64_t boot_epoch = 0;
   std::string backend;
+  DeviceUuid device_uuid;  // none on the host backend
+  uint64_t extent_bytes = 0;
   uint32_t clients_max = limits::kClientsMax;
   uint32_t clients_per_user_max = limits::kClientsPerUidMax;
   uint32_t messages_per_second = 1000;

@@ -3,7 +3,6 @@
 #include <arpa/inet.h>
 #include <grp.h>
 #include <pwd.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,7 +17,8 @@
 namespace thinkv::ops {
 namespace {
 
-constexpr std::array kBackends = {Choice<Backend>{"host", Backend::kHost}};
+constexpr std::array kBackends = {Choice<Backend>{"host", Backend::kHost},
+                                  Choice<Backend>{"cuda", Backend::kCuda}};
 constexpr std::array kAccesses = {Choice<SocketAccess>{"user", SocketAccess::kUser},
                                   Choice<SocketAccess>{"group", SocketAccess::kGroup},
                                   Choice<SocketAccess>{"everyone", SocketAccess::kEveryone}};
@@ -32,9 +32,6 @@ constexpr uint32_t kWeightMax = 1000;
 constexpr uint32_t kPriorityMax = 100;
 constexpr size_t kUsersPerTenantMax = 64;
 
-// Where sun_path ends, less its zero.
-constexpr size_t kSocketPathMax = sizeof(sockaddr_un::sun_path) - 1;
-
 std::string absolute(const std::string& path, const std::string& file) {
   const std::filesystem::path given(path);
   if (given.is_absolute()) return given.lexically_normal().string();
@@ -45,19 +42,38 @@ std::string absolute(const std::string& path, const std::string& file) {
 
 void read_socket(MapReader socket, const std::string& file, Config* config) {
   std::string path;
-  if (socket.text("path", kSocketPathMax, &path) && path != "auto") {
+  if (socket.text("path", limits::kSocketPathMax, &path) && path != "auto") {
     config->socket_path = absolute(path, file);
-    if (config->socket_path.size() > kSocketPathMax) {
+    if (config->socket_path.size() > limits::kSocketPathMax) {
       socket.fail(*socket.node("path"), "path",
-                  "at most " + std::to_string(kSocketPathMax) + " bytes are allowed");
+                  "at most " + std::to_string(limits::kSocketPathMax) + " bytes are allowed");
     }
   }
   socket.choice<SocketAccess>("access", kAccesses, &config->socket_access);
   socket.finish();
 }
 
+// Only the form is checked here: whether that GPU is there is known when the daemon starts.
+void read_device(MapReader* pool, Config* config) {
+  constexpr size_t kTextMax = 64;
+  std::string text;
+  if (!pool->text("device", kTextMax, &text) || text == "auto") return;
+  const Result<DeviceUuid> uuid = parse_device_uuid(text);
+  if (!uuid) {
+    pool->fail(*pool->node("device"), "device",
+               MapReader::quote(text) +
+                   " is not known; allowed: auto, or a UUID as nvidia-smi -L "
+                   "prints it, GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx");
+  } else if (config->backend != Backend::kCuda) {
+    pool->fail(*pool->node("device"), "device", "only backend cuda has a device");
+  } else {
+    config->device = *uuid;
+  }
+}
+
 void read_pool(MapReader pool, Config* config) {
   pool.choice<Backend>("backend", kBackends, &config->backend);
+  read_device(&pool, config);
   pool.bytes("extent_bytes", {limits::kExtentBytesMin, limits::kExtentBytesMax},
              &config->extent_bytes);
   const bool given =
@@ -317,6 +333,7 @@ std::vector<std::string> restart_keys(const Config& current, const Config& next)
   if (current.socket_path != next.socket_path) keys.emplace_back("socket.path");
   if (current.socket_access != next.socket_access) keys.emplace_back("socket.access");
   if (current.backend != next.backend) keys.emplace_back("pool.backend");
+  if (current.device != next.device) keys.emplace_back("pool.device");
   if (current.pool_bytes != next.pool_bytes) keys.emplace_back("pool.bytes");
   if (current.extent_bytes != next.extent_bytes) keys.emplace_back("pool.extent_bytes");
   if (current.metrics_address != next.metrics_address) keys.emplace_back("metrics.address");

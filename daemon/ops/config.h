@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "daemon/ops/diagnostics.h"
+#include "thinkv/internal/device_uuid.h"
 #include "thinkv/internal/limits.h"
 
 namespace thinkv::ops {
 
-enum class Backend : uint8_t { kHost };
+enum class Backend : uint8_t { kHost, kCuda };
 enum class SocketAccess : uint8_t { kUser, kGroup, kEveryone };  // file mode 0600, 0660, 0666
 enum class LogLevel : uint8_t { kDebug, kInfo, kWarning, kError };
 
@@ -37,6 +38,7 @@ struct Config {
   SocketAccess socket_access = SocketAccess::kGroup;
 
   Backend backend = Backend::kHost;
+  std::optional<DeviceUuid> device;  // the GPU of backend cuda; nullopt: the first one
   uint64_t pool_bytes = uint64_t{1} << 30;
   uint64_t extent_bytes = uint64_t{64} << 20;
 

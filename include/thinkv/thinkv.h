@@ -8,11 +8,14 @@
  *     a sentence for a person, with the numbers in it.
  *  4. Option structs begin with struct_size and are made by their *_INIT macro; fields added later
  *     read as zero for callers built earlier. Reserved fields must be zero.
- *  5. Handles are opaque. Closing a parent closes its children (client > model > sequence, step).
+ *  5. Handles are opaque. Closing a parent closes its children (client > model > sequence, step,
+ *     batch).
  *     A closed handle answers THINKV_STALE; it is never a crash. Closing NULL does nothing.
  *     Closing a sequence cancels the step that it is in.
- *  6. Tensors are dense, row-major, in host memory for the host backend; the shape is given beside
- *     each parameter. fp32 and the two 16-bit types are accepted as input; outputs are fp32.
+ *  6. Tensors are dense and row-major; the shape is given beside each parameter. On the host backend
+ *     they lie in host memory; on the cuda backend in memory of the pool's GPU, and work on them
+ *     goes to the model's stream. fp32 and the two 16-bit types are accepted as input; outputs are
+ *     fp32 on the host backend, any of the three on the cuda backend; lse is always fp32.
  *  7. Threads: a client and its models may be used from any thread. Calls on one sequence or one
  *     step must not overlap; different sequences may run on different threads.
  *  8. Keys are passed AFTER rotary embedding; positions are counted by the library.
@@ -21,6 +24,10 @@
  * The life of a sequence: open; prefill every layer once, prefill_end; then for each token
  * step_begin, for each layer append and attend, step_end; close. A step that cannot get its pages
  * fails in step_begin, before anything has changed.
+ *
+ * On the cuda backend sequences run in the rows of a thinkv_batch: join; for each token reserve,
+ * then begin, for each layer append and attend, end. The last four only launch kernels, so they can
+ * be captured in one CUDA graph; each replay is preceded by a reserve.
  */
 #ifndef THINKV_THINKV_H_
 #define THINKV_THINKV_H_
@@ -56,6 +63,7 @@ typedef struct thinkv_client thinkv_client;
 typedef struct thinkv_model thinkv_model;
 typedef struct thinkv_sequence thinkv_sequence;
 typedef struct thinkv_step thinkv_step;
+typedef struct thinkv_batch thinkv_batch;
 
 typedef struct thinkv_error {
   uint32_t struct_size;
@@ -162,6 +170,11 @@ THINKV_API thinkv_status thinkv_model_open(thinkv_client* client,
                                            const thinkv_model_options* options,
                                            thinkv_model** model, thinkv_error* error);
 THINKV_API void thinkv_model_close(thinkv_model* model);
+/* cuda backend: the CUstream (cudaStream_t) of all work that is launched for the model from now on;
+ * NULL, the state after open, is the legacy default stream. The caller orders the old stream and
+ * the new one. Errors: UNSUPPORTED on the host backend. */
+THINKV_API thinkv_status thinkv_model_set_stream(thinkv_model* model, void* stream,
+                                                 thinkv_error* error);
 
 /* ---- sequence ---- */
 
@@ -260,6 +273,49 @@ THINKV_API thinkv_status thinkv_step_attend(thinkv_step* step, uint32_t layer,
 THINKV_API thinkv_status thinkv_step_end(thinkv_step* step, thinkv_error* error);
 /* Takes the step back, whatever was appended in it, and frees it: its sequences are as before. */
 THINKV_API void thinkv_step_cancel(thinkv_step* step);
+
+/* ---- batch of rows on a GPU (cuda backend) ---- */
+
+typedef struct thinkv_batch_options {
+  uint32_t struct_size;
+  uint32_t capacity;   /* rows: 1 to 4096 */
+  uint32_t tokens_max; /* live tokens a lane that working memory is sized for, on average over the
+                          rows, in 4-bit pages (16-bit pages hold a quarter); 0: 8192 */
+  uint32_t reserved[9];
+} thinkv_batch_options;
+#define THINKV_BATCH_OPTIONS_INIT         \
+  {                                       \
+    sizeof(thinkv_batch_options), 1, 0, { \
+      0                                   \
+    }                                     \
+  }
+
+/* Errors: UNSUPPORTED on the host backend, EXHAUSTED (GPU memory outside the pool). */
+THINKV_API thinkv_status thinkv_batch_open(thinkv_model* model, const thinkv_batch_options* options,
+                                           thinkv_batch** batch, thinkv_error* error);
+/* Its sequences leave and stay open. Waits for the stream. */
+THINKV_API void thinkv_batch_close(thinkv_batch* batch);
+/* Puts a sequence of the same model into a free row, or takes it out (NULL). Between steps; not
+ * while the stream is captured. Sequences whose policy measures attention must join before the
+ * first begin. A sequence that is closed leaves by itself. */
+THINKV_API thinkv_status thinkv_batch_set(thinkv_batch* batch, uint32_t row,
+                                          thinkv_sequence* sequence, thinkv_error* error);
+/* Reserves all pages that the next `steps` steps can need, without waiting for the GPU, and counts
+ * those steps as done: call it before each run of a step, launched or replayed. On error nothing
+ * has changed. Errors: EXHAUSTED, QUOTA_EXCEEDED, UNAVAILABLE, INVALID_ARGUMENT (tokens_max). */
+THINKV_API thinkv_status thinkv_batch_reserve(thinkv_batch* batch, uint32_t steps,
+                                              thinkv_error* error);
+THINKV_API thinkv_status thinkv_batch_begin(thinkv_batch* batch, thinkv_error* error);
+/* k, v: [capacity, kv_heads, head_dim]; rows without a sequence are not read. */
+THINKV_API thinkv_status thinkv_batch_append(thinkv_batch* batch, uint32_t layer,
+                                             const thinkv_tensor* k, const thinkv_tensor* v,
+                                             thinkv_error* error);
+/* q, out: [capacity, q_heads, head_dim]; lse: [capacity, q_heads] or NULL, natural log. Rows
+ * without a sequence: out 0, lse -inf. Requires: this layer was appended. */
+THINKV_API thinkv_status thinkv_batch_attend(thinkv_batch* batch, uint32_t layer,
+                                             const thinkv_tensor* q, const thinkv_output* out,
+                                             const thinkv_output* lse, thinkv_error* error);
+THINKV_API thinkv_status thinkv_batch_end(thinkv_batch* batch, thinkv_error* error);
 
 /* ---- about ---- */
 

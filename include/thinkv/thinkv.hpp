@@ -139,6 +139,39 @@ class Sequence {
   detail::Handle<thinkv_sequence, thinkv_sequence_close> handle_;
 };
 
+// Rows of a decode step on a GPU; see thinkv.h. Tensors are in GPU memory.
+class Batch {
+ public:
+  explicit Batch(thinkv_batch* batch) : handle_(batch) {}
+  // A null sequence takes the row's out.
+  [[nodiscard]] Status set(uint32_t row, const Sequence* sequence) {
+    thinkv_sequence* joins = sequence == nullptr ? nullptr : sequence->get();
+    return detail::status_of(thinkv_batch_set(handle_.get(), row, joins, &detail::last_error));
+  }
+  [[nodiscard]] Status reserve(uint32_t steps = 1) {
+    return detail::status_of(thinkv_batch_reserve(handle_.get(), steps, &detail::last_error));
+  }
+  [[nodiscard]] Status begin() {
+    return detail::status_of(thinkv_batch_begin(handle_.get(), &detail::last_error));
+  }
+  [[nodiscard]] Status append(uint32_t layer, const thinkv_tensor& k, const thinkv_tensor& v) {
+    return detail::status_of(
+        thinkv_batch_append(handle_.get(), layer, &k, &v, &detail::last_error));
+  }
+  [[nodiscard]] Status attend(uint32_t layer, const thinkv_tensor& q, const thinkv_output& out,
+                              const thinkv_output* lse = nullptr) {
+    return detail::status_of(
+        thinkv_batch_attend(handle_.get(), layer, &q, &out, lse, &detail::last_error));
+  }
+  [[nodiscard]] Status end() {
+    return detail::status_of(thinkv_batch_end(handle_.get(), &detail::last_error));
+  }
+  void close() { handle_.close(); }
+
+ private:
+  detail::Handle<thinkv_batch, thinkv_batch_close> handle_;
+};
+
 class Model {
  public:
   explicit Model(thinkv_model* model) : handle_(model) {}
@@ -160,6 +193,19 @@ class Model {
                                                    static_cast<uint32_t>(handles.size()), &begun,
                                                    &detail::last_error)));
     return Step(begun);
+  }
+  // cuda backend. stream: a cudaStream_t.
+  [[nodiscard]] Status set_stream(void* stream) {
+    return detail::status_of(thinkv_model_set_stream(handle_.get(), stream, &detail::last_error));
+  }
+  [[nodiscard]] Result<Batch> batch(uint32_t capacity, uint32_t tokens_max = 0) {
+    thinkv_batch_options options = THINKV_BATCH_OPTIONS_INIT;
+    options.capacity = capacity;
+    options.tokens_max = tokens_max;
+    thinkv_batch* opened = nullptr;
+    THINKV_TRY(detail::status_of(
+        thinkv_batch_open(handle_.get(), &options, &opened, &detail::last_error)));
+    return Batch(opened);
   }
   void close() { handle_.close(); }
 

@@ -2,7 +2,8 @@
 //
 // A ring of kStages pages that belongs to one warp: one elected thread starts bulk copies, the
 // others wait on the stage's barrier. Descriptors come in batches through shared memory, one
-// batch ahead, so that no step waits for device memory but for its page.
+// batch ahead, so that no step waits for device memory but for its page. The steps have no branch
+// that depends on the page: control flow was a quarter of the time of a page.
 // Requires sm_90 (bulk copies complete on an mbarrier).
 #pragma once
 
@@ -14,123 +15,129 @@
 
 namespace thinkv::cuda {
 
-// The bytes of a page that attention reads: all but the positions.
-template <int kHeadDim>
-__device__ __forceinline__ uint32_t copied_bytes(Format format) {
-  constexpr auto kBytes = [](Format f) {
-    return (page_layout(f, kHeadDim).position_offset + 15) / 16 * 16;
-  };
-  switch (format) {
-    case Format::kK8V8:
-      return kBytes(Format::kK8V8);
-    case Format::kK8V4:
-      return kBytes(Format::kK8V4);
-    case Format::kK4V4:
-      return kBytes(Format::kK4V4);
-    case Format::kK4V2:
-      return kBytes(Format::kK4V2);
-    case Format::kK2V2:
-      return kBytes(Format::kK2V2);
-    default:
-      return kBytes(Format::kF16);
+// Sixteenths of the bytes of a page that are copied: up to the positions, or with them. Every
+// entry of the layout table must be named in a constant expression: the table is the host's.
+template <int kHeadDim, bool kPositions, uint32_t kFormat = 1>
+[[nodiscard]] __device__ __forceinline__ uint32_t copied_sixteenths(Format format) {
+  if constexpr (kFormat == kFormatCount) {
+    return 0;
+  } else {
+    constexpr PageLayout kLayout = page_layout(static_cast<Format>(kFormat), kHeadDim);
+    constexpr uint32_t kBytes = kPositions ? kLayout.bytes_used : kLayout.position_offset;
+    return format == static_cast<Format>(kFormat)
+               ? (kBytes + 15) / 16
+               : copied_sixteenths<kHeadDim, kPositions, kFormat + 1>(format);
+  }
+}
+// Where the positions are.
+template <int kHeadDim, uint32_t kFormat = 1>
+[[nodiscard]] __device__ __forceinline__ uint32_t position_offset(Format format) {
+  if constexpr (kFormat == kFormatCount) {
+    return 0;
+  } else {
+    constexpr PageLayout kLayout = page_layout(static_cast<Format>(kFormat), kHeadDim);
+    return format == static_cast<Format>(kFormat) ? kLayout.position_offset
+                                                  : position_offset<kHeadDim, kFormat + 1>(format);
   }
 }
 
-// A descriptor made ready: where the page is, its format in the address's low bits. In shared
-// memory, two batches a warp: one is walked while the next is on its way from device memory.
+// A descriptor made ready, in shared memory: two batches a warp, one is walked while the next is
+// on its way from device memory.
 struct ReadyPage {
   uint64_t live;
-  uint64_t tagged;  // address, 16-byte aligned, | Format
+  uint64_t packed;  // Format | address (64-byte aligned, below 2^54) | sixteenths to copy << 54
   [[nodiscard]] __device__ __forceinline__ Format format() const {
-    return static_cast<Format>(tagged & 15u);
+    return static_cast<Format>(packed & 15u);
   }
-  [[nodiscard]] __device__ __forceinline__ const void* source() const {
-    return reinterpret_cast<const void*>(tagged & ~15ull);
+  [[nodiscard]] __device__ __forceinline__ uint64_t address() const {
+    return packed & 0x003F'FFFF'FFFF'FFC0u;
+  }
+  [[nodiscard]] __device__ __forceinline__ uint32_t bytes() const {
+    return static_cast<uint32_t>(packed >> 54) * 16;
   }
 };
-static_assert(kFormatCount <= 16);
 constexpr uint32_t kBatch = 16;
 
-template <int kHeadDim, int kStages>
+template <int kHeadDim, uint32_t kStages, bool kPositions>
 class PageStream {
  public:
   static constexpr uint32_t kPage = page_bytes(kHeadDim);
-  static_assert(kStages <= static_cast<int>(kBatch));
+  static_assert(kStages < kBatch && kPage / 16 < 1024);
 
   // Pages [begin, end) of the flat list. `ring`: kStages pages of shared memory, `barriers`:
-  // [kStages], `ready`: [2 x kBatch]; all of this warp alone. Every thread of the warp calls.
-  __device__ PageStream(const AttendParams& p, uint32_t begin, uint32_t end, uint32_t ring,
-                        uint64_t* barriers, ReadyPage* ready)
-      : p_(p),
-        begin_(begin),
-        end_(end),
-        ring_(ring),
-        barrier_(shared_address(barriers)),
-        ready_(ready) {
-    if (thread() == 0) {
-      for (int i = 0; i < kStages; ++i) barrier_init(barrier_ + 8 * i, 1);
-      barrier_init_fence();
-    }
-    ready_[thread() % kBatch] = make_ready(begin_ + thread() % kBatch);
-    pending_ = make_ready(begin_ + kBatch + thread() % kBatch);
+  // [kStages], initialised; `ready`: [2 x kBatch]; all of this warp alone. Every thread of the
+  // warp calls.
+  __device__ __forceinline__ PageStream(const PageView* pages, uint32_t begin, uint32_t end,
+                                        uint32_t ring, uint32_t barriers, ReadyPage* ready)
+      : pages_(pages + begin), count_(end - begin), ring_(ring), barrier_(barriers), ready_(ready) {
+    store_batch(0, load_page(thread() % kBatch));
+    pending_ = load_page(kBatch + thread() % kBatch);
     __syncwarp();
-    for (int i = 0; i < kStages - 1; ++i) start_copy();
+    start_copy(0, 0);
+  }
+  // Starts the copies of the first pages but one, the first time. Not at once: the loads that a
+  // warp still needs to begin (its lane, q) would queue behind all the pages of the GPU.
+  __device__ __forceinline__ void fill() {
+    if (filled_) return;
+    filled_ = true;
+#pragma unroll
+    for (uint32_t i = 1; i < kStages; ++i) start_copy(i, i);
   }
 
-  // Waits for the next page and starts the copy of a later one into the stage that was read before
-  // this call: every thread of the warp must be done with it.
-  __device__ __forceinline__ ReadyPage next() {
+  // The descriptor of the page that wait() waits for. Requires: there is one.
+  [[nodiscard]] __device__ __forceinline__ ReadyPage peek() const {
+    return ready_[step_ % (2 * kBatch)];
+  }
+  // Until that page is in shared memory. Result: its shared address.
+  __device__ __forceinline__ uint32_t wait() const {
     barrier_wait(barrier_ + 8 * stage_, parity_);
+    return ring_ + stage_ * kPage;
+  }
+  // Requires: fill() was called. Done with that page: every thread of the warp has read what it
+  // needs. Its place takes the page kStages later.
+  __device__ __forceinline__ void release() {
     __syncwarp();
-    start_copy();
-    const ReadyPage page = ready_[step_ % (2 * kBatch)];
-    shared_ = ring_ + stage_ * kPage;
+    const uint32_t next = step_ + kStages;
+    if (next % kBatch == 0) {  // the batch that is walked lies in the other half
+      store_batch(next / kBatch, pending_);
+      pending_ = load_page(next + kBatch + thread() % kBatch);
+      __syncwarp();
+    }
+    start_copy(next, stage_);
     ++step_;
     if (++stage_ == kStages) {
       stage_ = 0;
       parity_ ^= 1u;
     }
-    return page;
   }
-  // Shared address of the page that next() returned.
-  [[nodiscard]] __device__ __forceinline__ uint32_t shared() const { return shared_; }
 
  private:
-  static __device__ __forceinline__ uint32_t thread() { return threadIdx.x % 32; }
-
-  __device__ __forceinline__ ReadyPage make_ready(uint32_t page_index) const {
-    if (page_index >= end_) return {0, 0};
-    const DevicePage d = p_.pages[page_index];
-    const auto base = reinterpret_cast<uint64_t>(p_.extents[d.page >> 20]);
-    return {d.live, (base + uint64_t{d.page & 0xFFFFFu} * kPage) | static_cast<uint64_t>(d.format)};
+  static __device__ __forceinline__ uint32_t thread() {
+    return threadIdx.x % 32;
   }
 
-  __device__ __forceinline__ void start_copy() {
-    if (begin_ + copied_ >= end_) return;
-    if (copied_ != 0 && copied_ % kBatch == 0) {  // the batch that is walked lies in the other half
-      ready_[(copied_ / kBatch % 2) * kBatch + thread() % kBatch] = pending_;
-      pending_ = make_ready(begin_ + copied_ + kBatch + thread() % kBatch);
-      __syncwarp();
-    }
-    if (thread() == 0) {
-      const ReadyPage page = ready_[copied_ % (2 * kBatch)];
-      const uint32_t bytes = page.live == 0 ? 0 : copied_bytes<kHeadDim>(page.format());
-      barrier_expect(barrier_ + 8 * copy_stage_, bytes);
-      if (bytes != 0) {
-        bulk_copy(ring_ + copy_stage_ * kPage, page.source(), bytes, barrier_ + 8 * copy_stage_);
-      }
-    }
-    ++copied_;
-    copy_stage_ = copy_stage_ + 1 == kStages ? 0 : copy_stage_ + 1;
+  [[nodiscard]] __device__ __forceinline__ PageView load_page(uint32_t index) const {
+    return index < count_ ? pages_[index] : PageView{0, 0};
+  }
+  __device__ __forceinline__ void store_batch(uint32_t batch, const PageView& view) {
+    const Format format = static_cast<Format>(view.tagged & 15u);
+    const uint64_t sixteenths =
+        view.live == 0 ? 0 : copied_sixteenths<kHeadDim, kPositions>(format);
+    ready_[batch % 2 * kBatch + thread() % kBatch] = {view.live, view.tagged | sixteenths << 54};
+  }
+  __device__ __forceinline__ void start_copy(uint32_t index, uint32_t stage) const {
+    const ReadyPage page = ready_[index % (2 * kBatch)];
+    bulk_copy_elected(thread() == 0 && index < count_, ring_ + stage * kPage, page.address(),
+                      page.bytes(), barrier_ + 8 * stage);
   }
 
-  const AttendParams& p_;
-  uint32_t begin_, end_;
+  const PageView* pages_;  // the first of the run
+  uint32_t count_;
   uint32_t ring_, barrier_;
   ReadyPage* ready_;
-  ReadyPage pending_{};  // of the batch after the stored ones
-  uint32_t step_ = 0, stage_ = 0, parity_ = 0, shared_ = 0;
-  uint32_t copied_ = 0, copy_stage_ = 0;
+  PageView pending_{};  // of the batch after the stored ones
+  uint32_t step_ = 0, stage_ = 0, parity_ = 0;
+  bool filled_ = false;
 };
 
 }  // namespace thinkv::cuda

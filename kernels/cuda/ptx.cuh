@@ -1,7 +1,16 @@
 // ptx.cuh: the machine instructions that the kernels are built from, one function each.
 //
-// sm_80 and up; the bulk copy and its barriers sm_90 and up. No policy here.
+// sm_80 and up; the bulk copy and its barriers sm_90 and up. No policy here. The emulator's
+// versions (emulated/ptx.h) have the same names.
 #pragma once
+
+#include "kernels/cuda/platform.cuh"
+
+#if defined(THINKV_CUDA_EMULATED)
+
+#include "kernels/cuda/emulated/ptx.h"
+
+#else
 
 #include <cstdint>
 
@@ -12,8 +21,7 @@ namespace thinkv::cuda {
 // d0, d1 (row g, columns 2c, 2c + 1), d2, d3 (row g + 8).
 __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -21,11 +29,21 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1,
 
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
       "{%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// As mma_f16 with D = A B + C.
+__device__ __forceinline__ void mma_f16_from(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1,
+                                             const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
 }
 
 // Transposes an 8x8 matrix of 16-bit values held one row per four lanes.
@@ -51,6 +69,30 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// Low half first: exact.
+__device__ __forceinline__ float2 unpack_f16(uint32_t packed) {
+  float2 v;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}\n"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(packed));
+  return v;
+}
+__device__ __forceinline__ uint32_t add_f16x2(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -83,10 +125,6 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -98,14 +136,33 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-// 16-byte aligned address and size.
-__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
-                                          uint32_t barrier) {
+// Announces `bytes` and copies them, from the one thread where `elected`; 0 bytes: arrives only.
+// 16-byte aligned addresses and size.
+__device__ __forceinline__ void bulk_copy_elected(bool elected, uint32_t shared, uint64_t global,
+                                                  uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier)
+      "{\n"
+      ".reg .pred one, some;\n"
+      "setp.ne.u32 one, %0, 0;\n"
+      "setp.ne.and.u32 some, %3, 0, one;\n"
+      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%4], %3;\n"
+      "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%1], [%2], %3, "
+      "[%4];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(elected)),
+      "r"(shared), "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
+}
+// ---- kernels that overlap in a stream (programmatic dependent launch, sm_90) ----
+
+// Until the kernel before this one has finished and its writes are visible.
+__device__ __forceinline__ void wait_for_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The next kernel's blocks may take the places that this one leaves free.
+__device__ __forceinline__ void let_next_start() {
+  asm volatile("griddepcontrol.launch_dependents;" :::);
 }
 
 }  // namespace thinkv::cuda
+
+#endif

@@ -29,8 +29,9 @@ struct Segment {
   uint8_t label;   // Thought
   uint8_t level;   // demotions so far: at most schedule_length
   uint8_t merged;  // 1: two or more segments that the floor rule joined
-  uint8_t reserved0;
-  uint32_t reserved1;
+  // Of sequences in device memory only, 0 on the host, which asks its lanes instead:
+  uint8_t waiting;  // demotions that a transition ordered and a full list put off
+  uint32_t live;    // once closed: tokens of the fullest lane, less what demotions took
 };
 static_assert(sizeof(Segment) == 16 && std::is_trivially_copyable_v<Segment>);
 
@@ -83,11 +84,15 @@ template <class Table>
   return best;
 }
 
-// True where the floor rule may join segments 0 and 1: both are closed.
+// True where the floor rule may join two neighbours: both are closed.
+[[nodiscard]] constexpr bool can_merge(const Segment& older, const Segment& newer,
+                                       const PolicyParams& policy) {
+  return policy.floor_rule == FloorRule::kMerge && policy.schedule_length > 0 &&
+         older.end != kOpenEnd && newer.end != kOpenEnd;
+}
 template <class Table>
 [[nodiscard]] bool can_merge_oldest(const Table& table, const PolicyParams& policy) {
-  return policy.floor_rule == FloorRule::kMerge && policy.schedule_length > 0 &&
-         table.size() >= 2 && table[0].end != kOpenEnd && table[1].end != kOpenEnd;
+  return table.size() >= 2 && can_merge(table[0], table[1], policy);
 }
 
 // What two neighbours become: one range at the last level, as important as the more important.
@@ -102,6 +107,7 @@ template <class Table>
   }
   joined.level = policy.schedule_length;
   joined.merged = 1;
+  joined.live = older.live + newer.live;
   return joined;
 }
 

@@ -168,8 +168,8 @@ void refresh(SequenceState& state) {
               .label = static_cast<uint8_t>(label),
               .level = 0,
               .merged = 0,
-              .reserved0 = 0,
-              .reserved1 = 0});
+              .waiting = 0,
+              .live = 0});
   state.header->counters.refreshes += 1;
 }
 

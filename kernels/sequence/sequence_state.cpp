@@ -70,8 +70,8 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
               .label = static_cast<uint8_t>(Thought::kReasoning),
               .level = 0,
               .merged = 0,
-              .reserved0 = 0,
-              .reserved1 = 0});
+              .waiting = 0,
+              .live = 0});
   pages.end_reservation();
   view_lanes();
   size_scratch();

@@ -49,6 +49,11 @@ AT(thinkv_sequence_options, policy_name, 8);
 AT(thinkv_sequence_options, flags, 16);
 AT(thinkv_sequence_options, reserved, 20);
 
+SIZE(thinkv_batch_options, 48);
+AT(thinkv_batch_options, capacity, 4);
+AT(thinkv_batch_options, tokens_max, 8);
+AT(thinkv_batch_options, reserved, 12);
+
 SIZE(thinkv_sequence_stats, 208);
 AT(thinkv_sequence_stats, lanes, 4);
 AT(thinkv_sequence_stats, tokens, 8);

@@ -116,6 +116,8 @@ class Engine(Control):
         (self.major, self.minor, _, self.epoch, self.client_id, out_bytes,
          in_bytes) = struct.unpack_from("<HHIQQQQ", body)
         self.tenant = body[40:104].split(b"\0")[0].decode()
+        self.device_uuid = body[136:152]
+        (self.extent_bytes,) = struct.unpack_from("<Q", body, 152)
         self.daemon_fd, self.client_fd, self.bell = fds
         self.out = mmap.mmap(self.daemon_fd, out_bytes, prot=mmap.PROT_READ)
         self.mine = mmap.mmap(self.client_fd, in_bytes)
@@ -126,6 +128,18 @@ class Engine(Control):
     def on_extent(self, body, fds):
         extent_id, page_class, page_bytes, page_count = struct.unpack_from("<IIII", body)
         self.extents[extent_id] = (page_class, page_bytes, page_count, fds[0])
+
+    def receive_extents(self):
+        """Takes the Extent messages that have arrived; they come before the pages."""
+        self.sock.setblocking(False)
+        try:
+            while True:
+                kind, _, body, fds = self.receive()
+                if kind != EXTENT:
+                    raise AssertionError(f"message of type {kind} where an extent is expected")
+                self.on_extent(body, fds)
+        except BlockingIOError:
+            self.sock.settimeout(5.0)
 
     def register(self, **geometry):
         self.send(message(REGISTER_MODEL, body=model_body(**geometry)))

@@ -283,7 +283,7 @@ class CallersErrors(ThinkvdCase):
     def test_bad_batches(self):
         sequence = self.model.sequence()
         other = self.client.model(**{**SHAPE, "layers": 3})
-        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "1 to 1024 sequences, not 0"):
+        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "1 to 4096 sequences, not 0"):
             self.model.step([])
         with self.assertRaisesRegex(thinkv.InvalidArgumentError, r"sequences\[1\]"):
             self.model.step([sequence, sequence])

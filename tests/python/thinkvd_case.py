@@ -36,9 +36,7 @@ class ThinkvdCase(unittest.TestCase):
 
     def start_daemon(self):
         config = self.folder / "thinkvd.yaml"
-        policies = SOURCE / "config" / "policies"
-        config.write_text(CONFIG.format(pool=self.pool, limit=self.limit, policies=policies,
-                                        tenants=self.tenants))
+        config.write_text(self.config_text())
         self.log = (self.folder / "log").open("wb")
         self.addCleanup(self.log.close)
         self.daemon = subprocess.Popen(
@@ -49,6 +47,10 @@ class ThinkvdCase(unittest.TestCase):
         self.wait_until(lambda: os.path.exists(self.socket) or self.daemon.poll() is not None)
         if self.daemon.poll() is not None:
             self.fail("thinkvd did not start: " + (self.folder / "log").read_text())
+
+    def config_text(self):
+        return CONFIG.format(pool=self.pool, limit=self.limit, tenants=self.tenants,
+                             policies=SOURCE / "config" / "policies")
 
     def stop_daemon(self):
         if self.daemon.poll() is None:

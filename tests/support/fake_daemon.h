@@ -15,6 +15,7 @@
 #include <string>
 
 #include "tests/support/ring_daemon.h"
+#include "thinkv/internal/device_uuid.h"
 #include "thinkv/internal/policy_params.h"
 #include "thinkv/result.h"
 
@@ -30,6 +31,9 @@ struct FakeFaults {
   bool wrong_epoch = false;
   bool silent = false;
   bool bad_policy = false;
+  const char* backend = "host";
+  DeviceUuid device = {};
+  uint64_t extent_bytes = limits::kExtentBytesMin;
 };
 
 class FakeDaemon {
@@ -120,7 +124,9 @@ class FakeDaemon {
     reply.client_id = 1;
     reply.daemon_region_bytes = daemon_bytes + faults_.announce_more;
     reply.client_region_bytes = sizeof(shm::ClientRegion);
-    std::snprintf(reply.backend, sizeof reply.backend, "%s", "host");
+    reply.extent_bytes = faults_.extent_bytes;
+    std::memcpy(reply.device_uuid, faults_.device.bytes.data(), sizeof(reply.device_uuid));
+    std::snprintf(reply.backend, sizeof reply.backend, "%s", faults_.backend);
     std::snprintf(reply.daemon_version, sizeof reply.daemon_version, "%s", "test");
     send(peer, protocol::MessageType::kWelcome, request_id, reply,
          {daemon_fd_.get(), client_fd_.get(), bell_.get()});

@@ -74,6 +74,16 @@ TEST(Session, RegionsThatAreNotAsAnnouncedAreRefused) {
   EXPECT_EQ(open_error({.wrong_epoch = true}), ErrorCode::kVersionMismatch);
 }
 
+TEST(Session, PoolThatThisLibraryCannotUseIsAVersionMismatch) {
+  std::string text;
+  EXPECT_EQ(open_error({.backend = "tpu"}, &text), ErrorCode::kVersionMismatch);
+  EXPECT_NE(text.find("backend 'tpu'"), std::string::npos) << text;
+  for (const uint64_t bytes : {uint64_t{0}, limits::kExtentBytesMin + 4096,
+                               limits::kExtentBytesMin / 2, limits::kExtentBytesMax * 2}) {
+    EXPECT_EQ(open_error({.extent_bytes = bytes}), ErrorCode::kVersionMismatch) << bytes;
+  }
+}
+
 TEST(Session, SilentDaemonTimesOut) {
   FakeDaemon daemon({.silent = true});
   SessionOptions options = to(daemon);

@@ -78,6 +78,8 @@ TEST(ConfigFile, ShippedFileSaysTheDefaults) {
   const Config code = default_config();
   EXPECT_EQ(shipped->socket_path, code.socket_path);
   EXPECT_EQ(shipped->socket_access, code.socket_access);
+  EXPECT_EQ(shipped->backend, code.backend);
+  EXPECT_EQ(shipped->device, code.device);
   EXPECT_EQ(shipped->pool_bytes, code.pool_bytes);
   EXPECT_EQ(shipped->extent_bytes, code.extent_bytes);
   EXPECT_EQ(shipped->tenants, code.tenants);
@@ -142,6 +144,40 @@ TEST(ConfigFile, RestartKeysAreNamed) {
   next.log_level = LogLevel::kDebug;
   EXPECT_EQ(restart_keys(default_config(), next),
             (std::vector<std::string>{"socket.path", "pool.bytes"}));
+}
+
+TEST(ConfigFile, BackendAndItsDevice) {
+  Diagnostics diagnostics("t.yaml");
+  const auto plain = parse("pool: {backend: cuda}", &diagnostics);
+  ASSERT_TRUE(plain) << diagnostics.text();
+  EXPECT_EQ(plain->backend, Backend::kCuda);
+  EXPECT_FALSE(plain->device);
+  const auto chosen = parse(
+      "pool: {device: GPU-FACE0000-c0de-0000-0000-00000000000a, backend: cuda}", &diagnostics);
+  ASSERT_TRUE(chosen) << diagnostics.text();
+  ASSERT_TRUE(chosen->device);
+  EXPECT_EQ(device_uuid_text(*chosen->device), "GPU-face0000-c0de-0000-0000-00000000000a");
+  const auto bare =
+      parse("pool: {backend: cuda, device: face0000-c0de-0000-0000-00000000000a}", &diagnostics);
+  ASSERT_TRUE(bare) << diagnostics.text();
+  EXPECT_EQ(bare->device, chosen->device);
+  const auto host = parse("pool: {backend: host, device: auto}", &diagnostics);
+  ASSERT_TRUE(host) << diagnostics.text();
+  EXPECT_EQ(restart_keys(*host, *plain), std::vector<std::string>{"pool.backend"});
+  EXPECT_EQ(restart_keys(*plain, *chosen), std::vector<std::string>{"pool.device"});
+}
+
+TEST(ConfigFile, TextsThatAreNoUuid) {
+  for (const char* text :
+       {"GPU-", "GPU-face0000-c0de-0000-0000-00000000000", "\"\"",
+        "GPU-face0000-c0de-0000-0000-00000000000a0", "GPU-face0000xc0de-0000-0000-00000000000a",
+        "GPU-face0000-c0de-0000-0000-00000000000g", "MIG-face0000-c0de-0000-0000-00000000000a",
+        "GPU-00000000-0000-0000-0000-000000000000"}) {
+    EXPECT_NE(problems(std::string("pool: {backend: cuda, device: ") + text + "}")
+                  .find("t.yaml:1: pool.device: "),
+              std::string::npos)
+        << text;
+  }
 }
 
 struct BadFile {
@@ -225,10 +261,18 @@ INSTANTIATE_TEST_SUITE_P(
     Words, ConfigFileBad,
     testing::Values(
         BadFile{"pool: {backend: gpu}",
-                "t.yaml:1: pool.backend: \"gpu\" is not known; allowed: host"},
+                "t.yaml:1: pool.backend: \"gpu\" is not known; allowed: host, cuda"},
+        BadFile{"pool: {device: GPU-face0000-c0de-0000-0000-000000000001}",
+                "t.yaml:1: pool.device: only backend cuda has a device"},
+        BadFile{"pool: {backend: cuda, device: 0}",
+                "t.yaml:1: pool.device: \"0\" is not known; allowed: auto, or a UUID as "
+                "nvidia-smi -L prints it, GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"},
+        BadFile{"pool: {backend: cuda, bytes: 100MiB}",
+                "t.yaml:1: pool.bytes: pool.bytes (100MiB) must be a "
+                "multiple of pool.extent_bytes (64MiB)"},
         BadFile{"socket: {access: all}",
                 "t.yaml:1: socket.access: \"all\" is not known; allowed: user, group, everyone"},
-        BadFile{"socket: {path: \"\"}", "t.yaml:1: socket.path: 1 to 107 bytes are allowed"},
+        BadFile{"socket: {path: \"\"}", "t.yaml:1: socket.path: 1 to 106 bytes are allowed"},
         BadFile{"metrics: {address: localhost}",
                 "t.yaml:1: metrics.address: \"localhost\" is not an IPv4 address, as in "
                 "127.0.0.1"},

@@ -28,8 +28,8 @@ std::vector<Segment> table_of(const std::vector<Row>& closed) {
                      .label = static_cast<uint8_t>(row.label),
                      .level = row.level,
                      .merged = 0,
-                     .reserved0 = 0,
-                     .reserved1 = 0});
+                     .waiting = 0,
+                     .live = 0});
     start += 128;
   }
   table.push_back({.start = start,
@@ -37,8 +37,8 @@ std::vector<Segment> table_of(const std::vector<Row>& closed) {
                    .label = static_cast<uint8_t>(kT),
                    .level = 0,
                    .merged = 0,
-                   .reserved0 = 0,
-                   .reserved1 = 0});
+                   .waiting = 0,
+                   .live = 0});
   return table;
 }
 

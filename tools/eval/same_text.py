@@ -1,8 +1,9 @@
 """The policy full-f16 changes nothing: greedy text through the pool is the text of an in-process
 cache of the same 16-bit values, token for token.
 
-Greedy text of a small model runs into a loop, which hides small differences: so a repetition penalty
-keeps it moving (1 switches it off). Every token is still the argmax of the penalised logits.
+Greedy text of a small model runs into a loop, which hides small differences: so a repetition
+penalty keeps it moving (1 switches it off). Every token is still the argmax of the penalised
+logits.
 """
 
 from __future__ import annotations

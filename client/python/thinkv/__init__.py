@@ -5,9 +5,12 @@
         sequence = model.sequence(policy="thinkv", budget=1024)
 
 Arrays go in as numpy arrays or anything with ``__dlpack__`` in host memory; they come out as numpy
-arrays where numpy is installed, else as ``memoryview``. The package needs nothing but libthinkv.
+arrays where numpy is installed, else as ``memoryview``. With a daemon whose pool is on a GPU,
+sequences decode in the rows of a ``model.batch(...)``, on GPU tensors, on the current stream. The
+package needs nothing but libthinkv.
 """
 
+from ._batch import Batch
 from ._client import Client, Model, Sequence, Step, library_version
 from ._errors import (
     DeviceFailedError,
@@ -26,6 +29,7 @@ from ._errors import (
 from ._version import __version__
 
 __all__ = [
+    "Batch",
     "Client",
     "DeviceFailedError",
     "Error",

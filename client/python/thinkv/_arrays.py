@@ -1,4 +1,4 @@
-"""Arrays in and out: numpy, DLPack in host memory, or the buffer protocol.
+"""Arrays in and out: numpy, DLPack, or the buffer protocol; DLPack for memory of a GPU.
 
 Everything that libthinkv reads must be dense and row-major; what is not is an error here rather
 than a silent copy, except that DLPack and numpy arrays of another layout are named with their
@@ -46,6 +46,9 @@ class _DLTensor(Structure):
 
 
 _DL_CPU = (1, 3, 11)  # CPU, pinned CUDA, pinned ROCm: all readable by the host
+_DL_CUDA = (2, 13)  # CUDA, managed CUDA
+# For __dlpack__: no synchronisation, the caller works on the stream that made the data.
+_SAME_STREAM = -1
 _DL_TYPES = {(2, 32): FLOAT32, (2, 16): FLOAT16, (4, 16): BFLOAT16}
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -108,7 +111,24 @@ def _from_dlpack(name: str, array: Any, expected: Seq[int | None]) -> Input:
     device = array.__dlpack_device__()
     if int(device[0]) not in _DL_CPU:
         raise TypeError(f"{name}: lies on device {tuple(device)}, expected host memory")
-    capsule = array.__dlpack__()
+    return _from_capsule(name, array, array.__dlpack__(), expected)
+
+
+def as_device(name: str, array: Any, expected: Seq[int | None]) -> Input:
+    """Checks a tensor in GPU memory of `expected` shape (None: any), to be used in place by work
+    on its own stream. Raises TypeError or ValueError."""
+    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+        kind = type(array).__name__
+        raise TypeError(f"{name}: {kind} is not a GPU tensor; expected one with __dlpack__")
+    device = array.__dlpack_device__()
+    if int(device[0]) not in _DL_CUDA:
+        raise TypeError(
+            f"{name}: lies on device {tuple(device)}, expected memory of the pool's GPU"
+        )
+    return _from_capsule(name, array, array.__dlpack__(stream=_SAME_STREAM), expected)
+
+
+def _from_capsule(name: str, array: Any, capsule: object, expected: Seq[int | None]) -> Input:
     # The first member of DLManagedTensor. The capsule keeps its name, so its own destructor frees
     # the tensor when the Input goes.
     dl = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))

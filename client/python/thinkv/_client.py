@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import json
-import weakref
 from collections.abc import Iterable
 from ctypes import byref, c_uint32, c_uint64, c_void_p
 from types import TracebackType
 from typing import Any
 
 from . import _library as c
-from ._arrays import as_input, dtype_number, make_output
-from ._errors import StaleError
+from ._arrays import as_device, as_input, dtype_number, make_output
+from ._batch import Batch, current_stream, open_batch
+from ._handle import Handle
 from ._library import call, lib
 
 
@@ -25,45 +25,7 @@ def _encode(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-class _Handle:
-    """An open handle of the library; closed once, by close(), by `with`, or when collected."""
-
-    _what = "handle"
-
-    def __init__(self, handle: int, closer: Any) -> None:
-        # The finalizer holds the number, not the object; it also runs at exit, so that a script
-        # that forgets close() says goodbye to the daemon.
-        self._value: int | None = handle
-        self._finalizer = weakref.finalize(self, closer, handle)
-
-    @property
-    def _handle(self) -> int:
-        if self._value is None:
-            raise StaleError(f"the {self._what} was closed")
-        return self._value
-
-    def close(self) -> None:
-        """Closes it and everything that was opened through it. A second close does nothing."""
-        self._value = None
-        self._finalizer()
-
-    @property
-    def closed(self) -> bool:
-        return self._value is None
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Client(_Handle):
+class Client(Handle):
     """A connection to thinkvd. May be used from any thread."""
 
     _what = "client"
@@ -86,6 +48,13 @@ class Client(_Handle):
         handle = c_void_p()
         call("thinkv_client_open", byref(options), byref(handle))
         super().__init__(handle.value or 0, lib.thinkv_client_close)
+        own = self._pool_stats()
+        self.backend: str = own.backend.decode()  # "host" or "cuda"
+
+    def _pool_stats(self) -> c.PoolStats:
+        own = c.PoolStats(struct_size=ctypes.sizeof(c.PoolStats))
+        call("thinkv_client_pool_stats", self._handle, byref(own))
+        return own
 
     def model(
         self,
@@ -116,8 +85,7 @@ class Client(_Handle):
     def stats(self) -> dict[str, Any]:
         """The daemon's status (as `thinkvctl status --json`), with this client's own numbers."""
         status = self.status()
-        own = c.PoolStats(struct_size=ctypes.sizeof(c.PoolStats))
-        call("thinkv_client_pool_stats", self._handle, byref(own))
+        own = self._pool_stats()
         pool = status.get("pool", {})
         return {
             **status,
@@ -145,7 +113,7 @@ class Client(_Handle):
         call("thinkv_client_ping", self._handle)
 
 
-class Model(_Handle):
+class Model(Handle):
     """A registered model. Made by Client.model()."""
 
     _what = "model"
@@ -164,7 +132,26 @@ class Model(_Handle):
         self.q_heads = q_heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self.on_gpu = client.backend == "cuda"
+        self._stream = 0
         super().__init__(handle, lib.thinkv_model_close)
+
+    def set_stream(self, stream: int) -> None:
+        """cuda backend: the stream (cudaStream_t as a number) of all work launched from now on.
+        Not needed with PyTorch or CuPy, whose current stream is used."""
+        call("thinkv_model_set_stream", self._handle, stream)
+        self._stream = stream
+
+    def use_current_stream(self) -> None:
+        """Work goes to PyTorch's or CuPy's current stream from now on."""
+        if self.on_gpu and (stream := current_stream()) != self._stream:
+            self.set_stream(stream)
+
+    def batch(self, capacity: int, tokens_max: int = 0) -> Batch:
+        """cuda backend: rows for `capacity` sequences. tokens_max: live tokens a lane that working
+        memory is sized for, on average over the rows, in 4-bit pages (16-bit pages hold a
+        quarter); 0: 8192."""
+        return open_batch(self, capacity, tokens_max)
 
     def sequence(
         self,
@@ -183,6 +170,7 @@ class Model(_Handle):
             flags=c.TRACE_SPARSITY if trace_sparsity else 0,
         )
         handle = c_void_p()
+        self.use_current_stream()
         call("thinkv_sequence_open", self._handle, byref(options), byref(handle))
         return Sequence(handle.value or 0, self, policy, name)
 
@@ -204,7 +192,7 @@ def _budget(budget: int | None) -> int:
     return budget if budget > 0 else c.BUDGET_NONE
 
 
-class Sequence(_Handle):
+class Sequence(Handle):
     """The KV cache of one sequence. Calls on one sequence must not overlap."""
 
     _what = "sequence"
@@ -216,9 +204,12 @@ class Sequence(_Handle):
         super().__init__(handle, lib.thinkv_sequence_close)
 
     def prefill(self, layer: int, k: Any, v: Any) -> None:
-        """k, v: [tokens, kv_heads, head_dim], after rotary embedding; every layer once."""
+        """k, v: [tokens, kv_heads, head_dim], after rotary embedding; every layer once. On the
+        cuda backend tensors in GPU memory."""
         shape = (None, self.model.kv_heads, self.model.head_dim)
-        keys, values = as_input("k", k, shape), as_input("v", v, shape)
+        self.model.use_current_stream()
+        check = as_device if self.model.on_gpu else as_input
+        keys, values = check("k", k, shape), check("v", v, shape)
         call("thinkv_sequence_prefill", self._handle, layer, byref(keys.tensor),
              byref(values.tensor))
 
@@ -251,7 +242,8 @@ class Sequence(_Handle):
         return array
 
     def stats(self) -> dict[str, Any]:
-        """Real bytes, live tokens, evictions, thoughts. Local: no round trip."""
+        """Real bytes, live tokens, evictions, thoughts. Local: no round trip; on the cuda backend
+        it waits for the stream."""
         s = c.SequenceStats(struct_size=ctypes.sizeof(c.SequenceStats))
         call("thinkv_sequence_get_stats", self._handle, byref(s))
         sparsity = [float(value) for value in self.sparsity()]
@@ -284,7 +276,7 @@ class Sequence(_Handle):
         }
 
 
-class Step(_Handle):
+class Step(Handle):
     """One token of each sequence of a batch. Made by Model.step()."""
 
     _what = "step"

@@ -92,6 +92,15 @@ class SequenceOptions(Structure):
     ]
 
 
+class BatchOptions(Structure):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("capacity", c_uint32),
+        ("tokens_max", c_uint32),
+        ("reserved", c_uint32 * 9),
+    ]
+
+
 class SequenceStats(Structure):
     _fields_ = [
         ("struct_size", c_uint32),
@@ -152,6 +161,15 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "thinkv_step_attend": (c_int32, [_HANDLE, c_uint32, _T, _T, _T, _E]),
     "thinkv_step_end": (c_int32, [_HANDLE, _E]),
     "thinkv_step_cancel": (None, [_HANDLE]),
+    "thinkv_model_set_stream": (c_int32, [_HANDLE, c_void_p, _E]),
+    "thinkv_batch_open": (c_int32, [_HANDLE, POINTER(BatchOptions), _OUT, _E]),
+    "thinkv_batch_close": (None, [_HANDLE]),
+    "thinkv_batch_set": (c_int32, [_HANDLE, c_uint32, _HANDLE, _E]),
+    "thinkv_batch_reserve": (c_int32, [_HANDLE, c_uint32, _E]),
+    "thinkv_batch_begin": (c_int32, [_HANDLE, _E]),
+    "thinkv_batch_append": (c_int32, [_HANDLE, c_uint32, _T, _T, _E]),
+    "thinkv_batch_attend": (c_int32, [_HANDLE, c_uint32, _T, _T, _T, _E]),
+    "thinkv_batch_end": (c_int32, [_HANDLE, _E]),
     "thinkv_version": (c_char_p, []),
     "thinkv_status_name": (c_char_p, [c_int32]),
 }

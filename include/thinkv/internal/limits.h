@@ -13,7 +13,7 @@ inline constexpr uint32_t kLayersMax = 256;  // the largest open models have abo
 inline constexpr uint32_t kKvHeadsMax = 128;
 inline constexpr uint32_t kLanesMax = 8192;       // layers x kv heads; 126 x 64 is the largest seen
 inline constexpr uint32_t kGroupMax = 16;         // query heads per kv head, two MMA n-tiles
-inline constexpr uint32_t kBatchMax = 1024;       // sequences in one step
+inline constexpr uint32_t kBatchMax = 4096;       // sequences in one step
 inline constexpr uint32_t kTokensMax = 1u << 24;  // positions of a sequence: 16.7 M tokens
 
 // Pool.
@@ -32,6 +32,7 @@ inline constexpr uint32_t kPoliciesMax = 128;
 inline constexpr size_t kNameMax = 64;  // bytes with the terminating zero
 
 // Control socket (SEQPACKET): set-up, policies, extents, errors. Nothing of a step.
+inline constexpr size_t kSocketPathMax = 106;  // sun_path, less its zero and the "~" while binding
 inline constexpr size_t kControlMessageMax = 4096;
 inline constexpr size_t kFdsPerMessageMax = 4;                  // hello reply: two memfds, one bell
 inline constexpr uint64_t kControlBacklogBytesMax = 64 * 1024;  // unsent bytes to one client

@@ -75,9 +75,12 @@ struct Welcome {
   char tenant[limits::kNameMax];
   char backend[16];  // "host" | "cuda"
   char daemon_version[16];
-  uint8_t reserved[56];
+  uint8_t device_uuid[16];  // of the GPU with the extents; zeros on the host backend
+  uint64_t extent_bytes;    // of every extent of the pool
+  uint8_t reserved[32];
 };
 static_assert(sizeof(Welcome) == 192);
+static_assert(offsetof(Welcome, device_uuid) == 136 && offsetof(Welcome, extent_bytes) == 152);
 
 struct Refused {
   int32_t code;  // ErrorCode

@@ -1,0 +1,218 @@
+#include "client/gpu/sequence.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "client/error_text.h"
+#include "client/gpu/batch.h"
+#include "kernels/sequence/sequence.h"
+
+namespace thinkv::client {
+namespace {
+
+using enum ErrorCode;
+
+uint32_t budget_in_tokens(uint32_t wanted, const PolicyParams& policy) {
+  if (wanted == kernels::kBudgetOfPolicy) return policy.budget_tokens;
+  return wanted == kernels::kBudgetNone ? 0 : wanted;
+}
+
+uint32_t pages_for(const ModelGeometry& geometry, Format format, uint32_t tokens) {
+  const uint32_t slots = page_layout(format, geometry.head_dim).slots;
+  return (tokens + slots - 1) / slots;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<GpuSequence>> GpuSequence::open(GpuEngine& engine,
+                                                       const PolicyParams& policy,
+                                                       const Options& options) {
+  const KernelTable& kernels = engine.kernels();
+  THINKV_TRY(kernels.supported(engine.geometry(), policy));
+  const auto lock = engine.lock();
+  THINKV_TRY(engine.refuse_capture("a sequence cannot be opened"));
+  THINKV_TRY(engine.promise(kernels.open_pages(engine.geometry(), policy)));
+  THINKV_ASSIGN_OR_RETURN(const PageId root, engine.take_root());
+  std::unique_ptr<GpuSequence> sequence(new GpuSequence(engine, policy, root));
+  sequence->traced_ = options.trace_sparsity;
+  sequence->layer_given_.assign(engine.geometry().layers, 0);
+  const cuda::ContextScope context(engine.gpu());
+  const int code = kernels.open(engine.view(), root.raw(), policy,
+                                budget_in_tokens(options.budget_tokens, policy),
+                                options.trace_sparsity, engine.stream());
+  if (const Status launched = GpuEngine::launched(code, "open"); !launched) {
+    engine.give_root(root);
+    sequence->root_ = kNoPage;
+    return launched.error();
+  }
+  return sequence;
+}
+
+GpuSequence::~GpuSequence() {
+  if (!root_.valid()) return;
+  const auto lock = engine_->lock();
+  if (batch_ != nullptr) static_cast<void>(batch_->set(row_, nullptr));
+  const cuda::ContextScope context(engine_->gpu());
+  // A context that is broken keeps its pages until the process ends: the daemon takes them then.
+  if (!context.status()) return;
+  if (engine_->kernels().close(engine_->view(), root_.raw(), engine_->stream()) == 0) {
+    static_cast<void>(engine_->settle());
+  }
+}
+
+Status GpuSequence::require_idle() const {
+  if (prompt_open_) return make_error(kInvalidArgument, "the prompt was not ended");
+  return engine_->refuse_capture("a sequence cannot be changed");
+}
+
+Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::Element element,
+                            uint32_t tokens) {
+  const ModelGeometry& geometry = engine_->geometry();
+  if (layer >= geometry.layers) return make_error(kInvalidArgument, "there is no such layer");
+  if (generated_ > 0 || (prompt_ > 0 && !prompt_open_)) {
+    return make_error(kInvalidArgument, "a prompt comes before the first step, and once");
+  }
+  if (tokens == 0 || tokens > limits::kTokensMax) {
+    return make_error(kInvalidArgument, "a prompt needs k, v and 1 to 16,777,216 tokens");
+  }
+  if (prompt_open_ && prompt_ != tokens) {
+    return make_error(kInvalidArgument, "every layer takes the same number of prompt tokens");
+  }
+  if (layer_given_[layer] != 0) {
+    return make_error(kInvalidArgument, "this layer was prefilled before");
+  }
+  const uint32_t lane_pages =
+      pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
+      pages_for(geometry, policy_.prompt_format, tokens);
+  const KernelTable& kernels = engine_->kernels();
+  if (lane_pages > kernels.lane_pages_limit(geometry, policy_)) {
+    return describe(kUnsupported, "a lane of %u pages is more than a table on the GPU holds (%u)",
+                    lane_pages, kernels.lane_pages_limit(geometry, policy_));
+  }
+  const auto lock = engine_->lock();
+  THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
+  THINKV_TRY(engine_->promise(kernels.prefill_pages(geometry, policy_, tokens)));
+  const cuda::ContextScope context(engine_->gpu());
+  THINKV_TRY(GpuEngine::launched(kernels.prefill(engine_->view(), root_.raw(), layer, k, v, element,
+                                                 tokens, engine_->stream()),
+                                 "prefill"));
+  prompt_open_ = true;
+  prompt_ = tokens;
+  lane_pages_ = lane_pages;
+  layer_given_[layer] = 1;
+  return {};
+}
+
+Status GpuSequence::prefill_end() {
+  if (!prompt_open_) return make_error(kInvalidArgument, "no prompt was given");
+  if (std::find(layer_given_.begin(), layer_given_.end(), uint8_t{0}) != layer_given_.end()) {
+    return make_error(kInvalidArgument, "a layer of the prompt is missing");
+  }
+  const auto lock = engine_->lock();
+  const cuda::ContextScope context(engine_->gpu());
+  THINKV_TRY(GpuEngine::launched(
+      engine_->kernels().prefill_end(engine_->view(), root_.raw(), prompt_, engine_->stream()),
+      "prefill_end"));
+  prompt_open_ = false;
+  return {};
+}
+
+Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
+  THINKV_TRY(require_idle());
+  const uint32_t tokens = prompt_ + generated_;
+  if (tokens <= 16) return uint64_t{0};
+  std::vector<uint32_t> wanted(positions.begin(), positions.end());
+  std::sort(wanted.begin(), wanted.end());
+  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
+  wanted.erase(std::lower_bound(wanted.begin(), wanted.end(), tokens - 16), wanted.end());
+  if (wanted.empty()) return uint64_t{0};
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
+  const auto lock = engine_->lock();
+  const cuda::ContextScope context(engine_->gpu());
+  constexpr size_t kAtOnce = GpuEngine::kAnswerBytes / sizeof(uint32_t);
+  for (size_t done = 0; done < wanted.size(); done += kAtOnce) {
+    const auto count = static_cast<uint32_t>(std::min(kAtOnce, wanted.size() - done));
+    std::memcpy(engine_->answer(), wanted.data() + done, count * sizeof(uint32_t));
+    THINKV_TRY(GpuEngine::launched(
+        engine_->kernels().evict(engine_->view(), root_.raw(),
+                                 static_cast<const uint32_t*>(engine_->answer()), count,
+                                 engine_->stream()),
+        "evict"));
+    THINKV_TRY(engine_->synchronise());
+  }
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
+  THINKV_TRY(engine_->settle());
+  return after.evicted_slots - before.evicted_slots;
+}
+
+Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format format) {
+  THINKV_TRY(require_idle());
+  if (first > last || last >= prompt_ + generated_) {
+    return make_error(kInvalidArgument, "the range must lie within the tokens of the sequence");
+  }
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
+  const auto lock = engine_->lock();
+  const KernelTable& kernels = engine_->kernels();
+  const uint32_t pages = kernels.recode_pages(engine_->geometry(), policy_, lane_pages_, format);
+  THINKV_TRY(engine_->promise(pages));
+  const cuda::ContextScope context(engine_->gpu());
+  THINKV_TRY(GpuEngine::launched(
+      kernels.recode(engine_->view(), root_.raw(), first, last + 1, format, engine_->stream()),
+      "recode"));
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
+  lane_pages_ = after.lane_pages_max;
+  THINKV_TRY(engine_->settle());
+  return after.recoded_slots - before.recoded_slots;
+}
+
+Status GpuSequence::set_budget(uint32_t budget_tokens) {
+  THINKV_TRY(require_idle());
+  const auto lock = engine_->lock();
+  const cuda::ContextScope context(engine_->gpu());
+  return GpuEngine::launched(
+      engine_->kernels().budget(engine_->view(), root_.raw(),
+                                budget_in_tokens(budget_tokens, policy_), engine_->stream()),
+      "budget");
+}
+
+Result<cuda::SequenceNumbers> GpuSequence::numbers() {
+  const auto lock = engine_->lock();
+  THINKV_TRY(engine_->refuse_capture("numbers cannot be read"));
+  const cuda::ContextScope context(engine_->gpu());
+  THINKV_TRY(GpuEngine::launched(
+      engine_->kernels().numbers(engine_->view(), root_.raw(),
+                                 static_cast<cuda::SequenceNumbers*>(engine_->answer()),
+                                 engine_->stream()),
+      "numbers"));
+  THINKV_TRY(engine_->synchronise());
+  cuda::SequenceNumbers numbers;
+  std::memcpy(&numbers, engine_->answer(), sizeof(numbers));
+  return numbers;
+}
+
+Status GpuSequence::sparsity(std::span<float> out) {
+  const auto lock = engine_->lock();
+  THINKV_TRY(engine_->refuse_capture("sparsity cannot be read"));
+  const cuda::ContextScope context(engine_->gpu());
+  THINKV_TRY(GpuEngine::launched(
+      engine_->kernels().sparsity(engine_->view(), root_.raw(),
+                                  static_cast<float*>(engine_->answer()), engine_->stream()),
+      "sparsity"));
+  THINKV_TRY(engine_->synchronise());
+  std::memcpy(out.data(), engine_->answer(), out.size_bytes());
+  return {};
+}
+
+uint32_t GpuSequence::step_pages(uint32_t ahead, uint32_t lane_pages) const {
+  return engine_->kernels().step_pages(engine_->geometry(), policy_, prompt_, generated_ + ahead,
+                                       lane_pages);
+}
+
+void GpuSequence::count_steps(uint32_t steps) {
+  for (uint32_t i = 0; i < steps; ++i) {
+    if (step_pages(0, lane_pages_) > 0) lane_pages_ += kLanePagesPerFlush;
+    generated_ += 1;
+  }
+}
+
+}  // namespace thinkv::client

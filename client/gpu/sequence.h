@@ -1,0 +1,85 @@
+// sequence.h: one sequence in device memory, as the host knows it.
+//
+// The host keeps what it needs to promise pages: how many tokens went in. All else is read back on
+// demand (numbers), which waits for the stream.
+// Threads: calls on one sequence must not overlap.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "client/gpu/engine.h"
+
+namespace thinkv::client {
+
+class GpuBatch;
+
+class GpuSequence {
+ public:
+  struct Options {
+    uint32_t budget_tokens = 0;  // as thinkv_sequence_options
+    bool trace_sparsity = false;
+  };
+  // Errors: kUnsupported (the kernels lack the policy for this shape), kExhausted, kQuotaExceeded.
+  [[nodiscard]] static Result<std::unique_ptr<GpuSequence>> open(GpuEngine& engine,
+                                                                 const PolicyParams& policy,
+                                                                 const Options& options);
+  // Leaves its batch and gives every page back; waits for the stream.
+  ~GpuSequence();
+  GpuSequence(const GpuSequence&) = delete;
+  GpuSequence& operator=(const GpuSequence&) = delete;
+
+  // k, v: device memory [tokens, kv_heads, head_dim]. As kernels::Sequence::prefill.
+  [[nodiscard]] Status prefill(uint32_t layer, const void* k, const void* v, cuda::Element element,
+                               uint32_t tokens);
+  [[nodiscard]] Status prefill_end();
+  // Results count slots over all lanes; both wait for the stream.
+  [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
+  [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
+  [[nodiscard]] Status set_budget(uint32_t budget_tokens);
+  // Waits for the stream.
+  [[nodiscard]] Result<cuda::SequenceNumbers> numbers();
+  // out: [layers]. Waits for the stream.
+  [[nodiscard]] Status sparsity(std::span<float> out);
+
+  [[nodiscard]] const GpuEngine& engine() const { return *engine_; }
+  [[nodiscard]] PageId root() const { return root_; }
+  [[nodiscard]] const PolicyParams& policy() const { return policy_; }
+  [[nodiscard]] bool traced() const { return traced_; }
+  [[nodiscard]] bool in_prompt() const { return prompt_open_; }
+  [[nodiscard]] uint32_t prompt_tokens() const { return prompt_; }
+  [[nodiscard]] uint32_t generated_tokens() const { return generated_; }
+  // An upper bound of the pages in any of its lanes' tables.
+  [[nodiscard]] uint32_t lane_pages() const { return lane_pages_; }
+
+  // ---- for its batch ----
+  [[nodiscard]] GpuBatch* batch() const { return batch_; }
+  void join(GpuBatch* batch, uint32_t row) { batch_ = batch, row_ = row; }
+  [[nodiscard]] uint32_t row() const { return row_; }
+  // At most two: 16-bit formats, or a flush that the sinks split.
+  static constexpr uint32_t kLanePagesPerFlush = 2;
+  // Pages that the step after the next `ahead` can take, with lanes of at most `lane_pages`.
+  [[nodiscard]] uint32_t step_pages(uint32_t ahead, uint32_t lane_pages) const;
+  void count_steps(uint32_t steps);
+  void bound_lane_pages(uint32_t pages) { lane_pages_ = pages; }
+
+ private:
+  GpuSequence(GpuEngine& engine, const PolicyParams& policy, PageId root)
+      : engine_(&engine), policy_(policy), root_(root) {}
+  [[nodiscard]] Status require_idle() const;
+
+  GpuEngine* engine_;
+  PolicyParams policy_;
+  PageId root_;
+  bool traced_ = false;
+  bool prompt_open_ = false;
+  uint32_t prompt_ = 0;
+  uint32_t generated_ = 0;
+  uint32_t lane_pages_ = 0;
+  std::vector<uint8_t> layer_given_;
+  GpuBatch* batch_ = nullptr;
+  uint32_t row_ = 0;
+};
+
+}  // namespace thinkv::client

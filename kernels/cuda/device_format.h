@@ -1,0 +1,157 @@
+// device_format.h: where every byte of a device sequence's metadata lies.
+//
+// A sequence is a tree of pool pages of its model's page class, as on the host (sequence_format.h),
+// but flat, so that thousands of warps can work on it without an allocator:
+//
+//   root page   [ DeviceSequence | lane_page ids (u32) ... ]
+//     lane_page[l / lanes_per_page]    -> pages of DeviceLane, lane l = layer * kv_heads + kv head
+//     segment_page[s / segments_per_page] -> pages of policy::Segment, oldest first, last one open
+//     work_page                        -> Demotion list of the step in progress
+//   DeviceLane.table[i / descriptors]  -> table pages: DeviceDescriptor [descriptors], then, where
+//                                         the policy scores, fp16 scores [descriptors][64]
+//   DeviceDescriptor.page              -> K/V page (page_format.h)
+//   DeviceLane.buffer_page             -> two 16-bit K/V pages of 8 slots: the newest tokens
+//
+// An address is pool.base + extent * extent_bytes + index * page_bytes (sequence.h). A page id is
+// checked against the window before it is followed (LeaseFault::kBadMetadata): another process of
+// the same tenant may have written it. Little-endian, no pointers; reserved bytes are zero.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/policy/segments.h"
+#include "thinkv/internal/page_format.h"
+#include "thinkv/internal/policy_params.h"
+
+namespace thinkv::cuda {
+
+inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
+inline constexpr uint32_t kDeviceLayoutVersion = 1;
+inline constexpr uint32_t kTablePagesMax = 96;
+inline constexpr uint32_t kSegmentPagesMax = 32;
+inline constexpr uint32_t kBufferPageSlots = 8;
+
+// 32 bytes; the first half is what attention's list is made from.
+struct DeviceDescriptor {
+  uint64_t live;  // bit s: slot s holds a token that attention sees
+  uint32_t page;  // PageId::raw
+  uint8_t format;
+  uint8_t filled;  // slots ever written are 0 .. filled - 1
+  uint16_t reserved0;
+  uint32_t first_position;  // bounds of the positions of live slots; may be wider than needed
+  uint32_t last_position;
+  uint64_t reserved1;
+};
+static_assert(sizeof(DeviceDescriptor) == 32);
+
+struct DeviceLane {
+  uint32_t pages;  // descriptors in use: 0 .. pages - 1 of the table, in no order
+  uint32_t live;   // slots that attention sees, buffer included
+  uint32_t live_prompt;
+  uint32_t buffer_count;  // tokens in the buffer, 0..16
+  uint32_t buffer_page[2];
+  uint32_t table_pages;               // ids in use of `table`
+  uint32_t free_slots[kFormatCount];  // in this lane's pages of that format: all not live
+  uint16_t buffer_score[16];          // fp16
+  uint32_t reserved[11];
+  uint32_t table[kTablePagesMax];
+};
+static_assert(sizeof(DeviceLane) == 28 + 40 + 32 + 44 + 4 * kTablePagesMax);
+static_assert(sizeof(DeviceLane) % 16 == 0);
+
+// One step down of a segment, or of two that were merged, for every lane.
+struct Demotion {
+  uint32_t start;
+  uint32_t end;
+  uint32_t target;  // tokens that stay
+  uint32_t reserved;
+};
+static_assert(sizeof(Demotion) == 16);
+
+struct DeviceCounters {
+  uint64_t evicted_slots;  // atomics of lanes
+  uint64_t reused_slots;   // atomics of lanes
+  uint64_t recoded_slots;  // atomics of lanes
+  uint64_t recoded_bytes;
+  uint64_t demotions;
+  uint64_t merges;
+  uint64_t over_budget_steps;
+  uint64_t refreshes;
+  uint64_t steps;
+  uint64_t segments[kThoughtCount];
+};
+
+struct DeviceSequence {
+  uint32_t magic;
+  uint32_t version;
+  // Geometry, as in ModelGeometry.
+  uint32_t layers;
+  uint32_t q_heads;
+  uint32_t kv_heads;
+  uint32_t head_dim;
+  uint32_t value_type;
+  float softmax_scale;
+  uint32_t tokens;  // positions so far
+  uint32_t prompt_tokens;
+  uint32_t budget_tokens;   // 0: none
+  uint32_t trace_sparsity;  // 0 or 1
+  uint32_t scored;          // table pages carry scores
+  uint32_t lane_pages;      // ids in use
+  uint32_t segments;        // in use
+  uint32_t segment_pages;   // ids in use
+  uint32_t work_page;
+  uint32_t demotions;        // of this step, in the work page
+  uint32_t closing;          // this step completes the open segment
+  uint32_t emitting;         // this step accumulates scores
+  uint32_t flushing;         // buffers are flushed at the end of this step
+  uint32_t data_pages;       // K/V pages, buffers included; atomics of lanes
+  uint32_t metadata_pages;   // all others, this one included; atomics of lanes
+  float layer_sparsity_sum;  // of the label layers in the step in progress
+  uint32_t generated_live;   // tokens of the open segment + Segment.live of all others (refresh.h)
+  uint32_t waiting;          // Segment.waiting of all segments: demotions for the next steps
+  uint32_t reserved0[6];
+  DeviceCounters counters;
+  PolicyParams policy;
+  uint32_t segment_page[kSegmentPagesMax];
+  uint8_t reserved1[48];
+};
+static_assert(sizeof(DeviceSequence) == 128 + 96 + 192 + 4 * kSegmentPagesMax + 48);
+static_assert(offsetof(DeviceSequence, counters) == 128);
+static_assert(offsetof(DeviceSequence, policy) == 224);
+
+static_assert(std::is_trivially_copyable_v<DeviceLane> &&
+              std::is_trivially_copyable_v<DeviceSequence>);
+
+// True where table pages carry scores: the policy selects by decayed attention.
+[[nodiscard]] constexpr bool keeps_scores(const PolicyParams& policy) {
+  return policy.evict == EvictRule::kTbe &&
+         (policy.select == SelectRule::kWeightedMedoids || policy.select == SelectRule::kAttention);
+}
+
+// How many of each fit a page.
+[[nodiscard]] constexpr uint32_t lanes_per_page(uint32_t head_dim) {
+  return page_bytes(head_dim) / sizeof(DeviceLane);
+}
+[[nodiscard]] constexpr uint32_t lane_pages_max(uint32_t head_dim) {
+  return (page_bytes(head_dim) - static_cast<uint32_t>(sizeof(DeviceSequence))) /
+         static_cast<uint32_t>(sizeof(uint32_t));
+}
+[[nodiscard]] constexpr uint32_t segments_per_page(uint32_t head_dim) {
+  return page_bytes(head_dim) / sizeof(policy::Segment);
+}
+[[nodiscard]] constexpr uint32_t demotions_per_page(uint32_t head_dim) {
+  return page_bytes(head_dim) / sizeof(Demotion);
+}
+[[nodiscard]] constexpr uint32_t score_row_bytes() {
+  return kSlotsPerPageMax * sizeof(uint16_t);
+}
+[[nodiscard]] constexpr uint32_t descriptors_per_page(uint32_t head_dim, bool scored) {
+  return page_bytes(head_dim) /
+         (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + (scored ? score_row_bytes() : 0));
+}
+static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 17);
+static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1700);
+
+}  // namespace thinkv::cuda

@@ -1,0 +1,247 @@
+// lane_write.cuh: places for new tokens in a lane, and the sweep of pages that drops emptied.
+//
+// Functions of one warp: all its threads call them with the same arguments.
+#pragma once
+
+#include "kernels/cuda/lane.cuh"
+
+namespace thinkv::cuda {
+
+// Where one token goes. page: null where the lease was empty, and the token is lost.
+struct SlotPlace {
+  unsigned char* page;
+  uint32_t slot;
+};
+
+// Arrays in shared or global memory that the whole warp sees.
+struct PlaceRequest {
+  Format format;
+  const uint32_t* positions;  // [count]
+  const uint16_t* scores;     // [count] fp16, or null: zero
+  uint32_t count;
+  SlotPlace* places;  // [count] out
+};
+
+namespace lane_detail {
+
+inline constexpr uint64_t kNoKey = ~uint64_t{0};
+
+// Descriptors with room, oldest first: first_position << 32 | index.
+struct OldestPages {
+  uint64_t evicted;
+  uint64_t unwritten;
+};
+
+[[nodiscard]] __device__ __forceinline__ uint64_t warp_min(uint64_t key) {
+  for (uint32_t x = 16; x > 0; x /= 2) {
+    const uint64_t other = __shfl_xor_sync(kAllLanes, key, x);
+    key = other < key ? other : key;
+  }
+  return key;
+}
+
+[[nodiscard]] __device__ __forceinline__ OldestPages find_room(const LaneView& lane, Format format,
+                                                               uint64_t full) {
+  OldestPages best{kNoKey, kNoKey};
+  const uint32_t pages = lane.lane->pages;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x % 32; i < pages; i += 32) {
+    const DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d == nullptr || d->format != static_cast<uint8_t>(format)) continue;
+    const uint64_t written = low_slots(d->filled) & full;
+    const uint64_t key = uint64_t{d->first_position} << 32 | i;
+    if ((written & ~d->live) != 0 && key < best.evicted) best.evicted = key;
+    if (written != full && key < best.unwritten) best.unwritten = key;
+  }
+  return {warp_min(best.evicted), warp_min(best.unwritten)};
+}
+
+// Tokens from `from` on into the lowest of `slots`. Result: how many.
+[[nodiscard]] __device__ __forceinline__ uint32_t fill_page(const LaneView& lane, uint32_t index,
+                                                            uint64_t slots,
+                                                            const PlaceRequest& request,
+                                                            uint32_t from) {
+  DeviceDescriptor* d = descriptor_at(lane, index);
+  if (d == nullptr) return 0;
+  unsigned char* page = page_at(*lane.batch, d->page);
+  if (page == nullptr) return 0;
+  uint64_t written = 0;
+  uint32_t count = 0, first = d->first_position, last = d->last_position, filled = d->filled;
+  bool empty = d->live == 0;
+  for (; slots != 0 && from + count < request.count; slots &= slots - 1, ++count) {
+    const auto slot = static_cast<uint32_t>(__ffsll(static_cast<int64_t>(slots)) - 1);
+    const uint32_t position = request.positions[from + count];
+    first = empty || position < first ? position : first;
+    last = empty || position > last ? position : last;
+    empty = false;
+    filled = slot + 1 > filled ? slot + 1 : filled;
+    written |= uint64_t{1} << slot;
+    if (threadIdx.x % 32 != count % 32) continue;
+    request.places[from + count] = {page, slot};
+    if (!lane.scored) continue;
+    scores_of(lane, d, index)[slot] = request.scores != nullptr ? request.scores[from + count] : 0;
+  }
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    d->live |= written;
+    d->filled = static_cast<uint8_t>(filled);
+    d->first_position = first;
+    d->last_position = last;
+    lane.lane->free_slots[d->format] -= count;
+    lane.lane->live += count;
+  }
+  __syncwarp();
+  return count;
+}
+
+// A table page for one more descriptor, where there is none. Thread 0 of the warp. Result: success.
+[[nodiscard]] __device__ __forceinline__ bool grow_table(const LaneView& lane) {
+  DeviceLane& header = *lane.lane;
+  if (header.pages < header.table_pages * lane.per_table) return true;
+  if (header.table_pages >= kTablePagesMax) {
+    raise_fault(lane.batch->lease, kLeaseEmpty);
+    return false;
+  }
+  const uint32_t raw = take_page(lane.batch->lease);
+  if (raw == PageId::kNoneRaw) return false;
+  header.table[header.table_pages] = raw;
+  header.table_pages += 1;
+  atomicAdd(&lane.sequence->metadata_pages, 1u);
+  return true;
+}
+
+// One more page of `format`, empty. Result: success.
+[[nodiscard]] __device__ __forceinline__ bool push_page(const LaneView& lane, Format format,
+                                                        uint32_t slots) {
+  bool pushed = false;
+  __syncwarp();  // all threads have read the counts that one of them changes
+  if (threadIdx.x % 32 == 0 && grow_table(lane)) {
+    const uint32_t raw = take_page(lane.batch->lease);
+    auto* table = page_at(*lane.batch, lane.lane->table[lane.lane->pages / lane.per_table]);
+    if (raw != PageId::kNoneRaw && table != nullptr) {
+      auto* d = reinterpret_cast<DeviceDescriptor*>(table) + lane.lane->pages % lane.per_table;
+      *d = {.live = 0,
+            .page = raw,
+            .format = static_cast<uint8_t>(format),
+            .filled = 0,
+            .reserved0 = 0,
+            .first_position = 0,
+            .last_position = 0,
+            .reserved1 = 0};
+      lane.lane->pages += 1;
+      lane.lane->free_slots[static_cast<uint32_t>(format)] += slots;
+      atomicAdd(&lane.sequence->data_pages, 1u);
+      pushed = true;
+    }
+  }
+  return __any_sync(kAllLanes, pushed) != 0;
+}
+
+}  // namespace lane_detail
+
+// Slots of `format` for `count` tokens: evicted ones of the oldest pages first, then never written
+// ones, then new pages; they are live afterwards and only their codes and positions are missing.
+// Result: how many went into evicted slots.
+__device__ __forceinline__ uint32_t place_tokens(const LaneView& lane,
+                                                 const PlaceRequest& request) {
+  const auto format = static_cast<uint32_t>(request.format);
+  const uint32_t slots = slot_shape(lane.head_dim, format).slots;
+  const uint64_t full = low_slots(slots);
+  uint32_t done = 0, reused = 0;
+  bool evicted_left = true;
+  while (done < request.count && lane.lane->free_slots[format] > 0) {
+    const lane_detail::OldestPages oldest = lane_detail::find_room(lane, request.format, full);
+    evicted_left = evicted_left && oldest.evicted != lane_detail::kNoKey;
+    const uint64_t key = evicted_left ? oldest.evicted : oldest.unwritten;
+    if (key == lane_detail::kNoKey) break;
+    const auto index = static_cast<uint32_t>(key);
+    const DeviceDescriptor* d = descriptor_at(lane, index);
+    if (d == nullptr) break;
+    const uint64_t written = low_slots(d->filled) & full;
+    const uint32_t placed = lane_detail::fill_page(
+        lane, index, evicted_left ? written & ~d->live : full & ~written, request, done);
+    if (placed == 0) break;
+    done += placed;
+    if (evicted_left) reused += placed;
+  }
+  while (done < request.count && lane_detail::push_page(lane, request.format, slots)) {
+    const uint32_t placed = lane_detail::fill_page(lane, lane.lane->pages - 1, full, request, done);
+    if (placed == 0) break;
+    done += placed;
+  }
+  for (uint32_t i = done + threadIdx.x % 32; i < request.count; i += 32) {
+    request.places[i] = {nullptr, 0};
+  }
+  __syncwarp();
+  return reused;
+}
+
+namespace lane_detail {
+
+// Takes descriptor `index` out of the table: the last one moves into its place.
+__device__ __forceinline__ void remove_descriptor(const LaneView& lane, uint32_t index,
+                                                  uint32_t last) {
+  DeviceDescriptor* d = descriptor_at(lane, index);
+  DeviceDescriptor* moved = descriptor_at(lane, last);
+  if (d == nullptr || moved == nullptr) return;
+  const uint32_t thread = threadIdx.x % 32;
+  if (thread == 0) {
+    lane.lane->free_slots[d->format] -= slot_shape(lane.head_dim, d->format).slots;
+    give_page(lane.batch->lease, d->page);
+  }
+  __syncwarp();
+  if (index == last) return;
+  if (lane.scored) {
+    const auto* from = reinterpret_cast<const uint32_t*>(scores_of(lane, moved, last));
+    reinterpret_cast<uint32_t*>(scores_of(lane, d, index))[thread] = from[thread];
+  }
+  if (thread < 2)
+    reinterpret_cast<uint4*>(d)[thread] = reinterpret_cast<const uint4*>(moved)[thread];
+  __syncwarp();
+}
+
+// Table pages that nothing needs any more, but the first. One thread.
+__device__ __forceinline__ void give_tables(const LaneView& lane) {
+  DeviceLane& header = *lane.lane;
+  const uint32_t wanted = (header.pages + lane.per_table - 1) / lane.per_table;
+  const uint32_t tables = wanted > 0 ? wanted : 1;
+  const uint32_t had = header.table_pages;
+  for (; header.table_pages > tables; header.table_pages -= 1) {
+    give_page(lane.batch->lease, header.table[header.table_pages - 1]);
+  }
+  atomicSub(&lane.sequence->metadata_pages, had - header.table_pages);
+}
+
+}  // namespace lane_detail
+
+// Gives back the pages that drop_slots() emptied, and tables that nothing needs any more. Indices
+// of descriptors change. The lane's drops are visible to the warp.
+__device__ __forceinline__ void sweep_lane(const LaneView& lane) {
+  const uint32_t before = lane.lane->pages;
+  uint32_t pages = before;
+  for (uint32_t end = (before + 31) / 32; end > 0; --end) {
+    const uint32_t base = (end - 1) * 32, mine = base + threadIdx.x % 32;
+    bool empty = false;
+    if (mine < before) {
+      const DeviceDescriptor* d = descriptor_at(lane, mine);
+      empty = d != nullptr && d->live == 0;
+    }
+    uint32_t found = __ballot_sync(kAllLanes, empty);
+    while (found != 0) {
+      const auto bit = static_cast<uint32_t>(31 - __clz(static_cast<int32_t>(found)));
+      found &= ~(1u << bit);
+      pages -= 1;
+      lane_detail::remove_descriptor(lane, base + bit, pages);
+    }
+  }
+  __syncwarp();
+  if (pages == before) return;
+  if (threadIdx.x % 32 == 0) {
+    lane.lane->pages = pages;
+    atomicSub(&lane.sequence->data_pages, before - pages);
+    lane_detail::give_tables(lane);
+  }
+  __syncwarp();
+}
+
+}  // namespace thinkv::cuda

@@ -1,0 +1,158 @@
+// sequence.h: sequences in device memory, and the kernels of a decode step on them.
+//
+// The state of a sequence lies in pool pages (device_format.h), so it is counted with what it
+// describes and outlives the process that made it. What is here launches kernels on a stream and
+// nothing else: no allocation, no synchronisation, no host-side length. begin .. end of a step can
+// be captured in one graph and replayed for ever; whether a flush, a refresh or a demotion is due
+// is decided on the device.
+//
+// A step of a batch, in stream order:
+//   launch_begin                          positions, emission flags, page counts of all lanes
+//   for each layer: launch_append         rotate and store the token; list the layer's pages
+//                   launch_attend         (attention.h) over that list
+//   launch_end                            full buffers are flushed; budget, labels, segments,
+//                                         survivors, slots and pages are freed; progress is told
+//
+// Pages come from a Lease in device memory. The host fills it (launch_refill) before a step, by the
+// bound that step_pages() gives, so no kernel ever finds it empty; pages that lanes lose go into
+// it. Threads: any; one stream at a time for all work on one Lease.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/stream.h"
+#include "thinkv/internal/geometry.h"
+#include "thinkv/internal/policy_params.h"
+
+namespace thinkv::cuda {
+
+// The window of virtual addresses in which extent e lies at base + e * extent_bytes (PageId).
+struct PoolView {
+  uint64_t base;
+  uint64_t extent_bytes;
+  uint32_t extents = 0;  // how many the window holds; 0: as many as a PageId can name
+};
+
+// Free pages, a stack in device memory. `count` is written by kernels alone.
+struct Lease {
+  uint32_t count;
+  uint32_t capacity;
+  uint32_t faults;  // LeaseFault bits: defects, never expected
+  uint32_t reserved;
+  uint64_t used_total;  // pages that sequences hold, their roots included
+  uint32_t* pages;      // [capacity] PageId::raw
+};
+enum LeaseFault : uint32_t {
+  kLeaseEmpty = 1,   // a kernel needed a page that was not promised: tokens were dropped
+  kLeaseFull = 2,    // a page came back and there was no room: it is lost until the close
+  kListFull = 4,     // the page list of a layer was too small: attention missed pages
+  kBadMetadata = 8,  // a page id or count in a sequence's metadata was out of bounds
+};
+
+// What the end of a step tells the host, in host memory that the device maps; written by one kernel
+// in this order, `steps` last. The host polls it and never waits for it.
+struct Progress {
+  uint64_t used_total;      // Lease::used_total after the step
+  uint32_t faults;          // Lease::faults
+  uint32_t lane_pages_max;  // of any lane of the batch: pages in its table
+  uint64_t live_slots;      // of all lanes of the batch
+  uint64_t steps;           // steps finished on this batch
+};
+
+// What all kernels of one model's batch share. Passed by value; all pointers are device pointers.
+struct BatchView {
+  PoolView pool;
+  ModelGeometry geometry;
+  const uint32_t* roots;  // [capacity] root page of each sequence; PageId::kNoneRaw: no sequence
+  uint32_t capacity;      // sequences, the rows of k, v, q and out
+  uint32_t pages_max;     // of the page list
+  Lease* lease;
+  Progress* progress;
+
+  // Working memory of a step.
+  uint32_t* positions;     // [capacity] of this step's token
+  uint8_t* emit;           // [layers, capacity] EmitFlags of attention.h
+  uint32_t* lane_begin;    // [layers, capacity * kv_heads + 1]
+  PageView* pages;         // [pages_max] of one layer, used again by the next
+  uint16_t** score_rows;   // [pages_max]
+  LaneSparsity* sparsity;  // [layers, capacity * kv_heads]
+};
+
+// ---- sizes, for the host ----
+
+// Pages that a sequence holds before its first token, its root apart.
+[[nodiscard]] uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams& policy);
+// An upper bound of what launch_prefill of one layer takes.
+[[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                                     uint32_t tokens);
+// An upper bound of what one step takes for one sequence that has `prompt` prompt tokens and
+// `generated` tokens before the step; 0 for most steps. lane_pages_max: an upper bound of the pages
+// of any of its lanes before the step.
+[[nodiscard]] uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                                  uint32_t prompt, uint32_t generated, uint32_t lane_pages_max);
+// An upper bound of what launch_recode takes.
+[[nodiscard]] uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                                    uint32_t lane_pages_max, Format format);
+// Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
+[[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
+// Pages that one lane's table can hold.
+[[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy);
+
+// ---- launches; each returns cudaSuccess or a launch error ----
+
+// Pushes `count` page ids. `pages`: device-accessible memory (pinned host memory will do).
+[[nodiscard]] cudaError_t launch_refill(Lease* lease, const uint32_t* pages, uint32_t count,
+                                        cudaStream_t stream);
+// Pops at most `count` into out[1 ..] and writes how many into out[0].
+[[nodiscard]] cudaError_t launch_drain(Lease* lease, uint32_t* out, uint32_t count,
+                                       cudaStream_t stream);
+
+// Makes `root` (a page that the lease does not hold) the root of a new, empty sequence.
+// budget_tokens: 0, none.
+[[nodiscard]] cudaError_t launch_open(const BatchView& view, uint32_t root,
+                                      const PolicyParams& policy, uint32_t budget_tokens,
+                                      bool trace_sparsity, cudaStream_t stream);
+// k, v: [tokens, kv_heads, head_dim] of one layer, after rotary embedding.
+[[nodiscard]] cudaError_t launch_prefill(const BatchView& view, uint32_t root, uint32_t layer,
+                                         const void* k, const void* v, Element element,
+                                         uint32_t tokens, cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
+                                             cudaStream_t stream);
+// Everything the sequence holds goes into the lease, its root too.
+[[nodiscard]] cudaError_t launch_close(const BatchView& view, uint32_t root, cudaStream_t stream);
+// positions: device-accessible, ascending. Newest 16 tokens are skipped by the caller.
+[[nodiscard]] cudaError_t launch_evict(const BatchView& view, uint32_t root,
+                                       const uint32_t* positions, uint32_t count,
+                                       cudaStream_t stream);
+// Live tokens with first <= position < end that are not in the buffer, to `format`.
+[[nodiscard]] cudaError_t launch_recode(const BatchView& view, uint32_t root, uint32_t first,
+                                        uint32_t end, Format format, cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_budget(const BatchView& view, uint32_t root,
+                                        uint32_t budget_tokens, cudaStream_t stream);
+
+[[nodiscard]] cudaError_t launch_begin(const BatchView& view, cudaStream_t stream);
+// k, v: [capacity, kv_heads, head_dim]; rows without a sequence are not read.
+[[nodiscard]] cudaError_t launch_append(const BatchView& view, uint32_t layer, const void* k,
+                                        const void* v, Element element, cudaStream_t stream);
+[[nodiscard]] cudaError_t launch_end(const BatchView& view, cudaStream_t stream);
+
+// The numbers of one sequence, written to device-accessible memory (SequenceNumbers).
+struct SequenceNumbers {
+  uint64_t tokens, prompt_tokens;
+  uint64_t live_slots, live_tokens_max;
+  uint64_t data_pages, metadata_pages;
+  uint64_t evicted_slots, reused_slots, recoded_slots, recoded_bytes;
+  uint64_t demotions, merges, over_budget_steps, refreshes, steps;
+  uint64_t segments[kThoughtCount];
+  uint64_t budget_tokens;
+  uint32_t lane_pages_max;
+  uint32_t reserved;
+};
+[[nodiscard]] cudaError_t launch_numbers(const BatchView& view, uint32_t root, SequenceNumbers* out,
+                                         cudaStream_t stream);
+// out: [layers] near-zero share of the last step by layer, NaN where it was not measured.
+[[nodiscard]] cudaError_t launch_sparsity(const BatchView& view, uint32_t root, float* out,
+                                          cudaStream_t stream);
+
+}  // namespace thinkv::cuda

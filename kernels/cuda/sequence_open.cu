@@ -1,0 +1,127 @@
+// sequence_open.cu: the pages that a sequence has before its first token.
+#include "kernels/cuda/lane.cuh"
+
+namespace thinkv::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+
+struct OpenParams {
+  uint32_t root;
+  uint32_t budget_tokens;
+  uint32_t trace_sparsity;
+  PolicyParams policy;
+};
+
+// Everything of the root page but the page ids behind the DeviceSequence. No magic yet.
+__device__ void write_header(const BatchView& view, const OpenParams& params,
+                             DeviceSequence* sequence) {
+  const ModelGeometry& g = view.geometry;
+  sequence->version = kDeviceLayoutVersion;
+  sequence->layers = g.layers;
+  sequence->q_heads = g.q_heads;
+  sequence->kv_heads = g.kv_heads;
+  sequence->head_dim = g.head_dim;
+  sequence->value_type = static_cast<uint32_t>(g.value_type);
+  sequence->softmax_scale = g.softmax_scale;
+  sequence->budget_tokens = params.budget_tokens;
+  sequence->trace_sparsity = params.trace_sparsity;
+  sequence->scored = keeps_scores(params.policy) ? 1 : 0;
+  sequence->policy = params.policy;
+  for (uint32_t& page : sequence->segment_page) page = PageId::kNoneRaw;
+  sequence->segment_page[0] = take_page(view.lease);
+  sequence->work_page = take_page(view.lease);
+  sequence->segment_pages = 1;
+  sequence->segments = 1;
+  sequence->lane_pages = (g.lanes() + lanes_per_page(g.head_dim) - 1) / lanes_per_page(g.head_dim);
+  sequence->data_pages = 2 * g.lanes();
+  sequence->metadata_pages = 3 + sequence->lane_pages + g.lanes();
+  auto* segment = segment_at(view, sequence, 0);
+  if (segment == nullptr) return;
+  *segment = {};
+  segment->end = policy::kOpenEnd;
+  segment->label = static_cast<uint8_t>(Thought::kReasoning);
+}
+
+// Result: false where a page was missing.
+__device__ bool write_lane(const BatchView& view, DeviceLane* lane) {
+  *lane = {};
+  for (uint32_t& page : lane->table) page = PageId::kNoneRaw;
+  lane->buffer_page[0] = take_page(view.lease);
+  lane->buffer_page[1] = take_page(view.lease);
+  lane->table[0] = take_page(view.lease);
+  lane->table_pages = 1;
+  return lane->buffer_page[0] != PageId::kNoneRaw && lane->buffer_page[1] != PageId::kNoneRaw &&
+         lane->table[0] != PageId::kNoneRaw;
+}
+
+// One block. The magic comes last and only if no page was missing: otherwise nothing will ever
+// follow what was written here.
+__global__ void open_kernel(const __grid_constant__ BatchView view,
+                            const __grid_constant__ OpenParams params) {
+  auto* page = page_at(view, params.root);
+  if (page == nullptr) return;
+  auto* sequence = reinterpret_cast<DeviceSequence*>(page);
+  const uint32_t bytes = page_bytes(view.geometry.head_dim);
+  for (uint32_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
+    reinterpret_cast<uint4*>(page)[i] = make_uint4(0, 0, 0, 0);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) write_header(view, params, sequence);
+  __syncthreads();
+  uint32_t* ids = lane_page_ids(sequence);
+  for (uint32_t i = threadIdx.x; i < sequence->lane_pages; i += blockDim.x) {
+    ids[i] = take_page(view.lease);
+  }
+  __syncthreads();
+  const uint32_t per_page = lanes_per_page(view.geometry.head_dim);
+  bool good =
+      sequence->segment_page[0] != PageId::kNoneRaw && sequence->work_page != PageId::kNoneRaw;
+  for (uint32_t i = threadIdx.x; i < view.geometry.lanes(); i += blockDim.x) {
+    auto* lanes = reinterpret_cast<DeviceLane*>(page_at(view, ids[i / per_page]));
+    good = lanes != nullptr && write_lane(view, lanes + i % per_page) && good;
+  }
+  const bool failed = __syncthreads_or(good ? 0 : 1) != 0;
+  if (threadIdx.x != 0 || failed) return;
+  sequence->magic = kDeviceSequenceMagic;
+  add_64(&view.lease->used_total, 1);  // the root: the close gives it to the lease
+}
+
+__global__ void prefill_end_kernel(const __grid_constant__ BatchView view, uint32_t root,
+                                   uint32_t tokens) {
+  DeviceSequence* sequence = sequence_at(view, root);
+  if (sequence == nullptr) return;
+  sequence->tokens = tokens;
+  sequence->prompt_tokens = tokens;
+  policy::Segment* first = segment_at(view, sequence, 0);
+  if (first != nullptr) first->start = tokens;
+}
+
+__global__ void budget_kernel(const __grid_constant__ BatchView view, uint32_t root,
+                              uint32_t budget_tokens) {
+  DeviceSequence* sequence = sequence_at(view, root);
+  if (sequence != nullptr) sequence->budget_tokens = budget_tokens;
+}
+
+}  // namespace
+
+cudaError_t launch_open(const BatchView& view, uint32_t root, const PolicyParams& policy,
+                        uint32_t budget_tokens, bool trace_sparsity, cudaStream_t stream) {
+  const OpenParams params{.root = root,
+                          .budget_tokens = budget_tokens,
+                          .trace_sparsity = trace_sparsity ? 1u : 0u,
+                          .policy = policy};
+  return launch(open_kernel, {.blocks = 1, .threads = kThreads}, stream, view, params);
+}
+
+cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
+                               cudaStream_t stream) {
+  return launch(prefill_end_kernel, {.blocks = 1, .threads = 1}, stream, view, root, tokens);
+}
+
+cudaError_t launch_budget(const BatchView& view, uint32_t root, uint32_t budget_tokens,
+                          cudaStream_t stream) {
+  return launch(budget_kernel, {.blocks = 1, .threads = 1}, stream, view, root, budget_tokens);
+}
+
+}  // namespace thinkv::cuda

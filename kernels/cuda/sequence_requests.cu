@@ -1,0 +1,299 @@
+// sequence_requests.cu: what is asked of one sequence between steps: evict by position, recode a
+// range, close.
+#include "kernels/cuda/codec.cuh"
+#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/lane_write.cuh"
+
+namespace thinkv::cuda {
+namespace {
+
+constexpr uint32_t kRecodeThreads = 128;
+constexpr uint32_t kWarpsOfABlock = 4;  // of the kernels with a warp a lane
+
+// The warp's lane; lane.lane is null where there is none.
+__device__ __forceinline__ LaneView lane_of_warp(const BatchView& view, DeviceSequence* sequence) {
+  const uint32_t index = blockIdx.x * kWarpsOfABlock + threadIdx.x / 32;
+  if (sequence == nullptr || index >= view.geometry.lanes()) return {};
+  return lane_view(view, sequence, index);
+}
+
+// ---- evict ----
+
+[[nodiscard]] __device__ __forceinline__ bool is_listed(const uint32_t* positions, uint32_t count,
+                                                        uint32_t wanted) {
+  uint32_t low = 0, high = count;
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (positions[middle] < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < count && positions[low] == wanted;
+}
+
+// Live slots of a page whose positions `wanted` says yes to. Whole warp, same answer for all.
+template <class Wanted>
+[[nodiscard]] __device__ __forceinline__ uint64_t slots_where(const LaneView& lane,
+                                                              const DeviceDescriptor* d,
+                                                              Wanted wanted) {
+  const unsigned char* page = page_at(*lane.batch, d->page);
+  if (page == nullptr) return 0;
+  const SlotShape shape = slot_shape(lane.head_dim, d->format);
+  uint64_t found = 0;
+  for (uint32_t half = 0; half < 2; ++half) {
+    const uint32_t slot = threadIdx.x % 32 + 32 * half;
+    const bool live = slot < shape.slots && ((d->live >> slot) & 1u) != 0;
+    const bool yes = live && wanted(position_of(page, shape.position_offset, slot));
+    found |= uint64_t{__ballot_sync(kAllLanes, yes)} << (32 * half);
+  }
+  return found;
+}
+
+__global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t root,
+                             const uint32_t* positions, uint32_t count) {
+  DeviceSequence* sequence = sequence_at(view, root);
+  const LaneView lane = lane_of_warp(view, sequence);
+  if (lane.lane == nullptr) return;
+  const uint32_t first = positions[0], last = positions[count - 1];
+  uint32_t evicted = 0;
+  const uint32_t pages = lane.lane->pages;
+  for (uint32_t i = 0; i < pages; ++i) {
+    DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d == nullptr || d->last_position < first || d->first_position > last) continue;
+    uint32_t of_prompt = 0;
+    const uint64_t slots = slots_where(lane, d, [&](uint32_t position) {
+      const bool listed = is_listed(positions, count, position);
+      if (listed && position < sequence->prompt_tokens) ++of_prompt;
+      return listed;
+    });
+    for (uint32_t x = 16; x > 0; x /= 2) of_prompt += __shfl_xor_sync(kAllLanes, of_prompt, x);
+    if (slots != 0 && threadIdx.x % 32 == 0) {
+      drop_slots(lane, d, slots);
+      lane.lane->live_prompt -= of_prompt;
+    }
+    evicted += static_cast<uint32_t>(__popcll(slots));
+  }
+  __syncwarp();
+  if (evicted == 0) return;
+  sweep_lane(lane);
+  if (threadIdx.x % 32 == 0) add_64(&sequence->counters.evicted_slots, evicted);
+}
+
+// ---- recode ----
+
+struct RecodeParams {
+  uint32_t root;
+  uint32_t first;
+  uint32_t end;
+  Format format;  // kF16 and kBf16: the model's 16-bit type
+};
+
+// The tokens of one page that go to another format.
+struct RecodeShared {
+  uint32_t positions[kSlotsPerPageMax];
+  uint16_t scores[kSlotsPerPageMax];
+  uint8_t slots[kSlotsPerPageMax];
+  SlotPlace places[kSlotsPerPageMax];
+};
+
+__device__ __forceinline__ void list_tokens(const LaneView& lane, DeviceDescriptor* d,
+                                            uint32_t index, uint64_t chosen, RecodeShared& shared) {
+  const unsigned char* page = page_at(*lane.batch, d->page);
+  const SlotShape shape = slot_shape(lane.head_dim, d->format);
+  const uint32_t slot = threadIdx.x;
+  if (page == nullptr || slot >= kSlotsPerPageMax || ((chosen >> slot) & 1u) == 0) return;
+  const auto at = static_cast<uint32_t>(__popcll(chosen & low_slots(slot)));
+  shared.slots[at] = static_cast<uint8_t>(slot);
+  shared.positions[at] = position_of(page, shape.position_offset, slot);
+  shared.scores[at] = lane.scored ? scores_of(lane, d, index)[slot] : uint16_t{0};
+}
+
+// 16 tokens at a time from the page `from` to their places. Whole block.
+template <int kDim>
+__device__ void move_tokens(const RecodeShared& shared, unsigned char* from, Format old_format,
+                            Format format, uint32_t count) {
+  const SlotShape old_shape = slot_shape(kDim, static_cast<uint32_t>(old_format));
+  const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
+  for (uint32_t base = 0; base < count; base += kRecodeThreads / 8) {
+    const uint32_t token = base + threadIdx.x / 8;
+    const bool listed = token < count;
+    const uint32_t source = listed ? shared.slots[token] : 0;
+    const SlotPlace place = listed ? shared.places[token] : SlotPlace{nullptr, 0};
+    const bool active = place.page != nullptr;
+    float x[kDim / 8];
+    decode_vector<kDim, true>(
+        x, old_format,
+        vector_place<kDim, true>(from, old_shape, coding_of<true>(old_format), source));
+    encode_vector<kDim, true>(
+        x, format, vector_place<kDim, true>(place.page, shape, coding_of<true>(format), place.slot),
+        active);
+    decode_vector<kDim, false>(
+        x, old_format,
+        vector_place<kDim, false>(from, old_shape, coding_of<false>(old_format), source));
+    encode_vector<kDim, false>(
+        x, format,
+        vector_place<kDim, false>(place.page, shape, coding_of<false>(format), place.slot), active);
+    if (!active || threadIdx.x % 8 != 0) continue;
+    *reinterpret_cast<uint32_t*>(place.page + shape.position_offset + place.slot * kPositionBytes) =
+        shared.positions[token];
+  }
+}
+
+// Result: tokens of one page that were recoded. A token without a place stays where it is.
+template <int kDim>
+__device__ uint32_t recode_page(const LaneView& lane, uint32_t index, const RecodeParams& params,
+                                Format format, RecodeShared& shared) {
+  DeviceDescriptor* d = descriptor_at(lane, index);
+  if (d == nullptr || d->format == static_cast<uint8_t>(format) ||
+      d->last_position < params.first || d->first_position >= params.end) {
+    return 0;
+  }
+  const uint64_t chosen = slots_where(lane, d, [&](uint32_t position) {
+    return position >= params.first && position < params.end;
+  });
+  if (chosen == 0) return 0;
+  const auto count = static_cast<uint32_t>(__popcll(chosen));
+  list_tokens(lane, d, index, chosen, shared);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    // Not counted as reused, as on the host: no new token came.
+    static_cast<void>(
+        place_tokens(lane, {format, shared.positions, shared.scores, count, shared.places}));
+  }
+  __syncthreads();
+  move_tokens<kDim>(shared, page_at(*lane.batch, d->page), static_cast<Format>(d->format), format,
+                    count);
+  uint64_t dropped = chosen;
+  uint32_t moved = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    if (shared.places[i].page != nullptr) {
+      ++moved;
+    } else {
+      dropped &= ~(uint64_t{1} << shared.slots[i]);
+    }
+  }
+  __syncthreads();  // everybody has read the page and the shared arrays
+  if (threadIdx.x == 0) drop_slots(lane, d, dropped);
+  return moved;
+}
+
+// A block a lane. Pages that it empties are given back by sweep_kernel: this one takes pages.
+template <int kDim>
+__global__ void __launch_bounds__(kRecodeThreads)
+    recode_kernel(const __grid_constant__ BatchView view,
+                  const __grid_constant__ RecodeParams params) {
+  __shared__ RecodeShared shared;
+  DeviceSequence* sequence = sequence_at(view, params.root);
+  if (sequence == nullptr) return;
+  const LaneView lane = lane_view(view, sequence, blockIdx.x);
+  if (lane.lane == nullptr) return;
+  const Format format = resolve_format(view, params.format);
+  const uint32_t pages = lane.lane->pages;  // those that come are already in the format
+  __syncthreads();
+  uint32_t moved = 0;
+  for (uint32_t i = 0; i < pages; ++i) {
+    moved += recode_page<kDim>(lane, i, params, format, shared);
+  }
+  if (threadIdx.x != 0 || moved == 0) return;
+  const VectorCoding k = coding_of<true>(format), v = coding_of<false>(format);
+  const uint32_t payload = kDim * (k.bits + v.bits) / 8 + k.scale_bytes(kDim) + v.scale_bytes(kDim);
+  add_64(&sequence->counters.recoded_slots, moved);
+  add_64(&sequence->counters.recoded_bytes, uint64_t{moved} * payload);
+}
+
+__global__ void sweep_kernel(const __grid_constant__ BatchView view, uint32_t root) {
+  const LaneView lane = lane_of_warp(view, sequence_at(view, root));
+  if (lane.lane != nullptr) sweep_lane(lane);
+}
+
+// ---- close ----
+
+__device__ __forceinline__ void give_if_good(const BatchView& view, uint32_t raw) {
+  if (page_at(view, raw) != nullptr) give_page(view.lease, raw);
+}
+
+__global__ void close_lanes_kernel(const __grid_constant__ BatchView view, uint32_t root) {
+  const LaneView lane = lane_of_warp(view, sequence_at(view, root));
+  if (lane.lane == nullptr) return;
+  const uint32_t thread = threadIdx.x % 32;
+  for (uint32_t i = thread; i < lane.lane->pages; i += 32) {
+    const DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d != nullptr) give_if_good(view, d->page);
+  }
+  for (uint32_t i = thread; i < lane.lane->table_pages; i += 32) {
+    give_if_good(view, lane.lane->table[i]);
+  }
+  if (thread < 2) give_if_good(view, lane.lane->buffer_page[thread]);
+}
+
+// One block, after the lanes: what led to them, and the root itself.
+__global__ void close_root_kernel(const __grid_constant__ BatchView view, uint32_t root) {
+  DeviceSequence* sequence = sequence_at(view, root);
+  if (sequence == nullptr) return;
+  const uint32_t dim = view.geometry.head_dim;
+  const uint32_t lane_pages =
+      (view.geometry.lanes() + lanes_per_page(dim) - 1) / lanes_per_page(dim);
+  for (uint32_t i = threadIdx.x; i < lane_pages; i += blockDim.x) {
+    give_if_good(view, lane_page_ids(sequence)[i]);
+  }
+  for (uint32_t i = threadIdx.x; i < sequence->segment_pages; i += blockDim.x) {
+    give_if_good(view, sequence->segment_page[i]);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  give_if_good(view, sequence->work_page);
+  sequence->magic = 0;  // nobody follows a root that is closed
+  give_page(view.lease, root);
+}
+
+[[nodiscard]] LaunchSize warp_a_lane(const BatchView& view) {
+  const uint32_t lanes = view.geometry.lanes();
+  return {.blocks = (lanes + kWarpsOfABlock - 1) / kWarpsOfABlock, .threads = kWarpsOfABlock * 32};
+}
+
+template <int kDim>
+cudaError_t launch_recode_of(const BatchView& view, const RecodeParams& params,
+                             cudaStream_t stream) {
+  return launch(recode_kernel<kDim>, {.blocks = view.geometry.lanes(), .threads = kRecodeThreads},
+                stream, view, params);
+}
+
+}  // namespace
+
+cudaError_t launch_evict(const BatchView& view, uint32_t root, const uint32_t* positions,
+                         uint32_t count, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  return launch(evict_kernel, warp_a_lane(view), stream, view, root, positions, count);
+}
+
+cudaError_t launch_recode(const BatchView& view, uint32_t root, uint32_t first, uint32_t end,
+                          Format format, cudaStream_t stream) {
+  if (!format_valid(static_cast<uint8_t>(format))) return cudaErrorInvalidValue;
+  const RecodeParams params{root, first, end, format};
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (view.geometry.head_dim) {
+    case 64:
+      error = launch_recode_of<64>(view, params, stream);
+      break;
+    case 128:
+      error = launch_recode_of<128>(view, params, stream);
+      break;
+    case 256:
+      error = launch_recode_of<256>(view, params, stream);
+      break;
+    default:
+      break;
+  }
+  if (error != cudaSuccess) return error;
+  return launch(sweep_kernel, warp_a_lane(view), stream, view, root);
+}
+
+cudaError_t launch_close(const BatchView& view, uint32_t root, cudaStream_t stream) {
+  const cudaError_t error = launch(close_lanes_kernel, warp_a_lane(view), stream, view, root);
+  if (error != cudaSuccess) return error;
+  return launch(close_root_kernel, {.blocks = 1, .threads = 256}, stream, view, root);
+}
+
+}  // namespace thinkv::cuda

@@ -1,0 +1,124 @@
+// sequence_sizes.cpp: how many pages what a kernel does can take, said before it is launched.
+#include <algorithm>
+
+#include "kernels/cuda/device_format.h"
+#include "kernels/cuda/refresh.h"
+#include "kernels/cuda/sequence.h"
+
+namespace thinkv::cuda {
+namespace {
+
+constexpr uint32_t kBufferTokens = 2 * kBufferPageSlots;
+constexpr uint32_t kPagesOfALane = 3;  // two of its buffer, one of its table
+
+uint32_t divide_up(uint64_t a, uint64_t b) {
+  return static_cast<uint32_t>((a + b - 1) / b);
+}
+
+Format resolve(const ModelGeometry& geometry, Format format) {
+  if (!is_16bit(format)) return format;
+  return geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
+}
+
+uint32_t slots_of(const ModelGeometry& geometry, Format format) {
+  return page_layout(resolve(geometry, format), geometry.head_dim).slots;
+}
+
+// Pages for `sinks` tokens in the sink format and `others` in another. A lane's free slots may make
+// it fewer.
+uint32_t pages_for(const ModelGeometry& geometry, Format sink, uint64_t sinks, Format other,
+                   uint64_t others) {
+  return divide_up(sinks, slots_of(geometry, sink)) + divide_up(others, slots_of(geometry, other));
+}
+
+// How many of `tokens` tokens from position `first` on are written as sinks.
+uint32_t sinks_among(const ModelGeometry& geometry, const PolicyParams& policy, Format other,
+                     uint32_t first, uint32_t tokens) {
+  if (first >= policy.sink_tokens) return 0;
+  if (resolve(geometry, policy.sink_format) == resolve(geometry, other)) return 0;
+  return std::min(tokens, policy.sink_tokens - first);
+}
+
+uint32_t per_table(const ModelGeometry& geometry, const PolicyParams& policy) {
+  return descriptors_per_page(geometry.head_dim, keeps_scores(policy));
+}
+
+}  // namespace
+
+uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams&) {
+  const uint32_t segment_and_work = 2;
+  return divide_up(geometry.lanes(), lanes_per_page(geometry.head_dim)) + segment_and_work +
+         kPagesOfALane * geometry.lanes();
+}
+
+uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t tokens) {
+  const Format other = policy.prompt_format;
+  const uint32_t sinks = sinks_among(geometry, policy, other, 0, tokens);
+  const uint32_t pages =
+      pages_for(geometry, policy.sink_format, sinks, other, uint64_t{tokens} - sinks);
+  const uint32_t tables = std::max(divide_up(pages, per_table(geometry, policy)), 1u);
+  return geometry.kv_heads * (pages + tables - 1);
+}
+
+uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
+                    uint32_t generated, uint32_t lane_pages_max) {
+  // Segments are multiples of 16 tokens, so a closing step is one that fills the buffers.
+  if ((uint64_t{generated} + 1) % kBufferTokens != 0) return 0;
+  const uint32_t first = prompt + generated + 1 - kBufferTokens;
+  // Whatever the open segment's label is. Without label layers it is always reasoning.
+  const uint32_t labels = policy.label_layer_count == 0 ? 1 : kThoughtCount;
+  uint32_t pages = 0;
+  for (uint32_t label = 0; label < labels; ++label) {
+    const Format thought = policy.thought_format[label];
+    const uint32_t sinks = sinks_among(geometry, policy, thought, first, kBufferTokens);
+    pages = std::max(pages, pages_for(geometry, policy.sink_format, sinks, thought,
+                                      uint64_t{kBufferTokens} - sinks));
+  }
+  // Every lane has a table page from the start, and no flush fills more than one.
+  const bool table_may_grow = uint64_t{lane_pages_max} + pages > per_table(geometry, policy);
+  const bool closing = (uint64_t{generated} + 1) % policy.segment_tokens == 0;
+  return geometry.lanes() * (pages + (table_may_grow ? 1 : 0)) + (closing ? 1 : 0);
+}
+
+uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                      uint32_t lane_pages_max, Format format) {
+  const Format target = resolve(geometry, format);
+  uint32_t most_slots = 0;  // of a page that is not yet in the format
+  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+    const Format other = resolve(geometry, static_cast<Format>(raw));
+    if (other != target) most_slots = std::max(most_slots, slots_of(geometry, other));
+  }
+  const uint32_t pages =
+      divide_up(uint64_t{lane_pages_max} * most_slots, slots_of(geometry, target));
+  const uint64_t all = uint64_t{lane_pages_max} + pages;
+  const uint32_t tables = std::max(divide_up(all, per_table(geometry, policy)), 1u);
+  return geometry.lanes() * (pages + tables - 1);
+}
+
+uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
+  return kTablePagesMax * per_table(geometry, policy);
+}
+
+Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
+  using enum ErrorCode;
+  THINKV_TRY(validate(geometry));
+  if (!policy_params_valid(policy)) {
+    return make_error(kInvalidArgument, "the policy's parameters contradict each other");
+  }
+  for (uint32_t i = 0; i < policy.label_layer_count; ++i) {
+    if (policy.label_layers[i] >= geometry.layers) {
+      return make_error(kInvalidArgument, "the policy labels by a layer that the model lacks");
+    }
+  }
+  if (geometry.lanes() > lane_pages_max(geometry.head_dim) * lanes_per_page(geometry.head_dim)) {
+    return make_error(kUnsupported, "the model has more lanes than a root page can name");
+  }
+  if (!refresh_supported(geometry, policy)) {
+    return make_error(kUnsupported,
+                      "selecting by keys needs more shared memory than the GPU has: use a smaller "
+                      "segment_tokens, grain kv_head, or select by attention");
+  }
+  return {};
+}
+
+}  // namespace thinkv::cuda

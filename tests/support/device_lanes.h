@@ -1,0 +1,195 @@
+// device_lanes.h: what device metadata says, read by the host, for tests of sequence.h.
+#pragma once
+
+#include <bit>
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "tests/support/device_pool.h"
+
+namespace thinkv::testing {
+
+// A live token, decoded by the reference codec.
+struct LaneToken {
+  Format format;
+  bool buffered;
+  uint16_t score;
+  std::vector<float> k;
+  std::vector<float> v;
+  friend bool operator==(const LaneToken& a, const LaneToken& b) {
+    const auto same = [](const std::vector<float>& x, const std::vector<float>& y) {
+      return x.size() == y.size() && std::memcmp(x.data(), y.data(), 4 * x.size()) == 0;
+    };
+    return a.format == b.format && a.buffered == b.buffered && a.score == b.score &&
+           same(a.k, b.k) && same(a.v, b.v);
+  }
+};
+using LaneTokens = std::map<uint32_t, LaneToken>;  // by position
+
+// A descriptor without its page id: what host and device must have in common.
+struct PlacedPage {
+  Format format;
+  uint64_t live;
+  uint32_t filled;
+  uint32_t first_position;
+  uint32_t last_position;
+  std::vector<uint32_t> positions;  // of live slots, ascending by slot
+  friend bool operator==(const PlacedPage&, const PlacedPage&) = default;
+};
+
+inline LaneToken decode_slot(const void* page, Format format, uint32_t dim, uint32_t slot) {
+  LaneToken token{format, false, 0, std::vector<float>(dim), std::vector<float>(dim)};
+  const auto index = static_cast<uint8_t>(slot);
+  kernels::reference().decode({.page = static_cast<const std::byte*>(page),
+                               .format = format,
+                               .head_dim = dim,
+                               .slots = {&index, 1},
+                               .k = token.k.data(),
+                               .v = token.v.data()});
+  return token;
+}
+inline uint32_t slot_position(const void* page, Format format, uint32_t dim, uint32_t slot) {
+  uint32_t position = 0;
+  std::memcpy(&position,
+              static_cast<const std::byte*>(page) + page_layout(format, dim).position_offset +
+                  slot * kPositionBytes,
+              sizeof position);
+  return position;
+}
+
+// The metadata of one sequence. Errors of structure are collected in `wrong`.
+class DeviceReader {
+ public:
+  DeviceReader(const DevicePool& pool, uint32_t root)
+      : pool_(&pool),
+        dim_(pool.options().geometry.head_dim),
+        root_(root),
+        header_(reinterpret_cast<cuda::DeviceSequence*>(pool.address(root))) {}
+
+  [[nodiscard]] cuda::DeviceSequence& header() const { return *header_; }
+  [[nodiscard]] cuda::DeviceLane& lane(uint32_t index) const {
+    const uint32_t per_page = cuda::lanes_per_page(dim_);
+    const auto* ids = reinterpret_cast<const uint32_t*>(header_ + 1);
+    return reinterpret_cast<cuda::DeviceLane*>(
+        pool_->address(ids[index / per_page]))[index % per_page];
+  }
+  [[nodiscard]] cuda::DeviceDescriptor& descriptor(const cuda::DeviceLane& lane,
+                                                   uint32_t index) const {
+    return reinterpret_cast<cuda::DeviceDescriptor*>(
+        pool_->address(lane.table[index / per_table()]))[index % per_table()];
+  }
+  [[nodiscard]] uint16_t* scores(const cuda::DeviceLane& lane, uint32_t index) const {
+    auto* table =
+        reinterpret_cast<cuda::DeviceDescriptor*>(pool_->address(lane.table[index / per_table()]));
+    return reinterpret_cast<uint16_t*>(table + per_table()) + index % per_table() * 64;
+  }
+  [[nodiscard]] Format wide() const {
+    return pool_->options().geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
+  }
+  [[nodiscard]] const unsigned char* buffer_page(const cuda::DeviceLane& lane, uint32_t i) const {
+    return pool_->address(lane.buffer_page[i / cuda::kBufferPageSlots]);
+  }
+
+  [[nodiscard]] std::vector<PlacedPage> placement(uint32_t lane_index) const {
+    const cuda::DeviceLane& l = lane(lane_index);
+    std::vector<PlacedPage> pages;
+    for (uint32_t i = 0; i < l.pages; ++i) {
+      const cuda::DeviceDescriptor& d = descriptor(l, i);
+      const auto format = static_cast<Format>(d.format);
+      PlacedPage page{format, d.live, d.filled, d.first_position, d.last_position, {}};
+      for (uint64_t left = d.live; left != 0; left &= left - 1) {
+        const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+        page.positions.push_back(slot_position(pool_->address(d.page), format, dim_, slot));
+      }
+      pages.push_back(page);
+    }
+    return pages;
+  }
+
+  // Every live token. A position that is there twice is wrong.
+  [[nodiscard]] LaneTokens tokens(uint32_t lane_index, std::string& wrong) const {
+    const cuda::DeviceLane& l = lane(lane_index);
+    LaneTokens tokens;
+    const auto put = [&](uint32_t position, LaneToken token) {
+      if (!tokens.emplace(position, std::move(token)).second) {
+        wrong += "position " + std::to_string(position) + " twice; ";
+      }
+    };
+    for (uint32_t i = 0; i < l.pages; ++i) {
+      const cuda::DeviceDescriptor& d = descriptor(l, i);
+      const auto format = static_cast<Format>(d.format);
+      const void* page = pool_->address(d.page);
+      for (uint64_t left = d.live; left != 0; left &= left - 1) {
+        const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+        LaneToken token = decode_slot(page, format, dim_, slot);
+        if (header_->scored != 0) token.score = scores(l, i)[slot];
+        put(slot_position(page, format, dim_, slot), std::move(token));
+      }
+    }
+    for (uint32_t i = 0; i < l.buffer_count; ++i) {
+      const void* page = buffer_page(l, i);
+      LaneToken token = decode_slot(page, wide(), dim_, i % cuda::kBufferPageSlots);
+      token.buffered = true;
+      if (header_->scored != 0) token.score = l.buffer_score[i];
+      put(slot_position(page, wide(), dim_, i % cuda::kBufferPageSlots), std::move(token));
+    }
+    return tokens;
+  }
+
+  // What must hold between any two calls; `owned` collects page ids over all sequences of a pool.
+  void check(std::set<uint32_t>& owned, std::string& wrong) const {
+    const auto own = [&](uint32_t raw) {
+      if (!owned.insert(raw).second) wrong += "page " + std::to_string(raw) + " has two owners; ";
+    };
+    const auto expect = [&](bool good, const char* what) {
+      if (!good) wrong += std::string(what) + "; ";
+    };
+    uint32_t data_pages = 0, metadata_pages = 1;
+    own(root_);
+    const uint32_t lanes = pool_->options().geometry.lanes();
+    const auto* ids = reinterpret_cast<const uint32_t*>(header_ + 1);
+    for (uint32_t i = 0; i < header_->lane_pages; ++i) own(ids[i]);
+    for (uint32_t i = 0; i < header_->segment_pages; ++i) own(header_->segment_page[i]);
+    own(header_->work_page);
+    metadata_pages += header_->lane_pages + header_->segment_pages + 1;
+    for (uint32_t index = 0; index < lanes; ++index) {
+      const cuda::DeviceLane& l = lane(index);
+      uint32_t free_slots[kFormatCount] = {}, live = l.buffer_count;
+      for (uint32_t i = 0; i < l.table_pages; ++i) own(l.table[i]);
+      for (const uint32_t raw : l.buffer_page) own(raw);
+      for (uint32_t i = 0; i < l.pages; ++i) {
+        const cuda::DeviceDescriptor& d = descriptor(l, i);
+        own(d.page);
+        const auto in_page = static_cast<uint32_t>(std::popcount(d.live));
+        const uint32_t slots = page_layout(static_cast<Format>(d.format), dim_).slots;
+        expect(in_page > 0, "an empty page was kept");
+        expect(d.filled <= slots && std::bit_width(d.live) <= d.filled, "live beyond filled");
+        free_slots[d.format] += slots - in_page;
+        live += in_page;
+      }
+      expect(std::memcmp(free_slots, l.free_slots, sizeof free_slots) == 0, "free_slots");
+      expect(l.live == live && l.live_prompt <= live, "live");
+      expect(l.table_pages == std::max((l.pages + per_table() - 1) / per_table(), 1u), "tables");
+      data_pages += l.pages + 2;
+      metadata_pages += l.table_pages;
+    }
+    expect(header_->data_pages == data_pages, "data_pages");
+    expect(header_->metadata_pages == metadata_pages, "metadata_pages");
+  }
+
+ private:
+  [[nodiscard]] uint32_t per_table() const {
+    return cuda::descriptors_per_page(dim_, header_->scored != 0);
+  }
+
+  const DevicePool* pool_;
+  uint32_t dim_;
+  uint32_t root_;
+  cuda::DeviceSequence* header_;
+};
+
+}  // namespace thinkv::testing

@@ -1,0 +1,189 @@
+// device_pool.h: a pool, a lease and the working memory of a batch, for tests of sequence.h.
+//
+// Compiled for the emulator everything is plain memory; compiled by nvcc it is managed memory, so
+// that the same checks read it after a device_wait(). Free pages are full of NaN bits, so what is
+// read before it is written shows.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/device_format.h"
+#include "kernels/cuda/platform.cuh"
+#include "kernels/cuda/sequence.h"
+#include "thinkv/internal/check.h"
+#include "thinkv/internal/units.h"
+
+namespace thinkv::testing {
+
+#if defined(THINKV_CUDA_EMULATED)
+inline void* device_allocate(uint64_t bytes) {
+  return std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+}
+inline void device_free(void* memory) {
+  std::free(memory);
+}
+inline void device_wait() {}
+#else
+inline void* device_allocate(uint64_t bytes) {
+  void* memory = nullptr;
+  THINKV_CHECK(cudaMallocManaged(&memory, bytes) == cudaSuccess);
+  return memory;
+}
+inline void device_free(void* memory) {
+  static_cast<void>(cudaFree(memory));
+}
+inline void device_wait() {
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess) std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
+  THINKV_CHECK(error == cudaSuccess);
+}
+#endif
+
+// An array that kernels and the host both see.
+template <class T>
+class DeviceVector {
+ public:
+  explicit DeviceVector(uint64_t count)
+      : count_(count), data_(static_cast<T*>(device_allocate(count * sizeof(T)))) {
+    std::memset(static_cast<void*>(data_), 0xFF, count * sizeof(T));
+  }
+  ~DeviceVector() { device_free(data_); }
+  DeviceVector(const DeviceVector&) = delete;
+  DeviceVector& operator=(const DeviceVector&) = delete;
+  [[nodiscard]] T* data() const { return data_; }
+  [[nodiscard]] uint64_t size() const { return count_; }
+  [[nodiscard]] T& operator[](uint64_t i) const { return data_[i]; }
+
+ private:
+  uint64_t count_;
+  T* data_;
+};
+
+class DevicePool {
+ public:
+  struct Options {
+    ModelGeometry geometry;
+    uint32_t capacity = 1;  // rows of the batch
+    uint32_t extents = 3;
+    uint32_t extent_pages = 512;
+    uint32_t list_pages = 4096;  // BatchView::pages_max
+    uint64_t seed = 1;           // order in which pages are handed out
+  };
+
+  explicit DevicePool(const Options& o)
+      : options_(o),
+        page_bytes_(page_bytes(o.geometry.head_dim)),
+        extent_bytes_(uint64_t{o.extent_pages} * page_bytes_ + 256),  // a rest that is no page
+        memory_(extent_bytes_ * o.extents),
+        lease_(1),
+        lease_pages_(uint64_t{o.extents} * o.extent_pages),
+        progress_(1),
+        roots_(o.capacity),
+        positions_(o.capacity),
+        emit_(uint64_t{o.geometry.layers} * o.capacity),
+        lane_begin_(uint64_t{o.geometry.layers} * (rows() + 1)),
+        pages_(o.list_pages),
+        score_rows_(o.list_pages),
+        sparsity_(uint64_t{o.geometry.layers} * rows()),
+        transfer_(lease_pages_.size() + 1) {
+    lease_[0] = {.count = 0,
+                 .capacity = static_cast<uint32_t>(lease_pages_.size()),
+                 .faults = 0,
+                 .reserved = 0,
+                 .used_total = 0,
+                 .pages = lease_pages_.data()};
+    progress_[0] = {};
+    for (uint64_t i = 0; i < sparsity_.size(); ++i) sparsity_[i] = {};
+    for (uint32_t e = 0; e < o.extents; ++e) {
+      for (uint32_t i = 0; i < o.extent_pages; ++i) {
+        free_.push_back(PageId(ExtentId(e), i).raw());
+      }
+    }
+    std::mt19937_64 random(o.seed);
+    for (size_t i = free_.size(); i > 1; --i) std::swap(free_[i - 1], free_[random() % i]);
+  }
+
+  [[nodiscard]] cuda::BatchView view() const {
+    return {.pool = {reinterpret_cast<uint64_t>(memory_.data()), extent_bytes_, options_.extents},
+            .geometry = options_.geometry,
+            .roots = roots_.data(),
+            .capacity = options_.capacity,
+            .pages_max = options_.list_pages,
+            .lease = lease_.data(),
+            .progress = progress_.data(),
+            .positions = positions_.data(),
+            .emit = emit_.data(),
+            .lane_begin = lane_begin_.data(),
+            .pages = pages_.data(),
+            .score_rows = score_rows_.data(),
+            .sparsity = sparsity_.data()};
+  }
+  [[nodiscard]] const Options& options() const { return options_; }
+  [[nodiscard]] uint32_t rows() const { return options_.capacity * options_.geometry.kv_heads; }
+  [[nodiscard]] uint64_t total_pages() const { return lease_pages_.size(); }
+
+  // A page of the host's own, for a root.
+  [[nodiscard]] uint32_t take() {
+    THINKV_CHECK(!free_.empty());
+    const uint32_t raw = free_.back();
+    free_.pop_back();
+    return raw;
+  }
+  // The lease holds exactly `pages` afterwards, each of them poisoned.
+  void supply(uint32_t pages) {
+    THINKV_CHECK(cuda::launch_drain(lease_.data(), transfer_.data(), lease_[0].capacity, nullptr) ==
+                 cudaSuccess);
+    device_wait();
+    free_.insert(free_.begin(), transfer_.data() + 1, transfer_.data() + 1 + transfer_[0]);
+    THINKV_CHECK(pages <= free_.size());
+    for (uint32_t i = 0; i < pages; ++i) {
+      transfer_[i] = take();
+      std::memset(address(transfer_[i]), 0xFF, page_bytes_);
+    }
+    THINKV_CHECK(cuda::launch_refill(lease_.data(), transfer_.data(), pages, nullptr) ==
+                 cudaSuccess);
+    device_wait();
+  }
+  // Free pages, those in the lease included.
+  [[nodiscard]] uint64_t free_pages() const { return free_.size() + lease_[0].count; }
+
+  [[nodiscard]] unsigned char* address(uint32_t raw) const {
+    const PageId id(raw);
+    THINKV_CHECK(id.valid() && id.extent().value() < options_.extents &&
+                 id.index() < options_.extent_pages);
+    return memory_.data() + id.extent().value() * extent_bytes_ +
+           uint64_t{id.index()} * page_bytes_;
+  }
+  [[nodiscard]] cuda::Lease& lease() const { return lease_[0]; }
+  [[nodiscard]] cuda::Progress& progress() const { return progress_[0]; }
+  [[nodiscard]] uint32_t& root(uint32_t row) const { return roots_[row]; }
+  [[nodiscard]] const DeviceVector<uint32_t>& lane_begin() const { return lane_begin_; }
+  [[nodiscard]] const DeviceVector<cuda::PageView>& list() const { return pages_; }
+  [[nodiscard]] const DeviceVector<uint16_t*>& score_rows() const { return score_rows_; }
+  [[nodiscard]] const DeviceVector<uint32_t>& positions() const { return positions_; }
+  [[nodiscard]] const DeviceVector<uint8_t>& emit() const { return emit_; }
+
+ private:
+  Options options_;
+  uint32_t page_bytes_;
+  uint64_t extent_bytes_;
+  DeviceVector<unsigned char> memory_;
+  DeviceVector<cuda::Lease> lease_;
+  DeviceVector<uint32_t> lease_pages_;
+  DeviceVector<cuda::Progress> progress_;
+  DeviceVector<uint32_t> roots_;  // all ones: no sequence
+  DeviceVector<uint32_t> positions_;
+  DeviceVector<uint8_t> emit_;
+  DeviceVector<uint32_t> lane_begin_;
+  DeviceVector<cuda::PageView> pages_;
+  DeviceVector<uint16_t*> score_rows_;
+  DeviceVector<cuda::LaneSparsity> sparsity_;
+  DeviceVector<uint32_t> transfer_;
+  std::vector<uint32_t> free_;
+};
+
+}  // namespace thinkv::testing

@@ -1,0 +1,247 @@
+#include "tests/support/device_twin.h"
+
+#include <cmath>
+#include <iterator>
+#include <limits>
+
+namespace thinkv::testing {
+namespace {
+
+std::vector<PlacedPage> host_placement(const kernels::Lane& lane) {
+  std::vector<PlacedPage> pages;
+  lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
+    PlacedPage page{
+        static_cast<Format>(d.format), d.live, d.filled, d.first_position, d.last_position, {}};
+    for (uint64_t left = d.live; left != 0; left &= left - 1) {
+      page.positions.push_back(lane.position(d, static_cast<uint32_t>(std::countr_zero(left))));
+    }
+    pages.push_back(page);
+  });
+  return pages;
+}
+
+// What a token becomes in a format, by the reference codec in slot 0 of a page of our own.
+void recode_token(LaneToken& token, Format format) {
+  alignas(64) std::byte page[page_bytes(256)];
+  const uint8_t slot = 0;
+  const uint32_t position = 0;
+  const auto dim = static_cast<uint32_t>(token.k.size());
+  kernels::reference().encode({.page = page,
+                               .format = format,
+                               .head_dim = dim,
+                               .slots = {&slot, 1},
+                               .k = token.k.data(),
+                               .v = token.v.data(),
+                               .positions = &position});
+  const uint16_t score = token.score;
+  token = decode_slot(page, format, dim, 0);
+  token.score = score;
+}
+
+uint16_t planted_score(uint32_t planted, uint32_t lane, uint32_t position) {
+  const uint32_t mixed = position * 2654435761u ^ lane * 40503u ^ planted * 97u;
+  return fp16_from_float(static_cast<float>(mixed >> 20) / 512.0f);
+}
+
+}  // namespace
+
+void TwinBatch::fill_wild(ElementRows& rows, uint64_t first, uint64_t count) {
+  constexpr float kSpecial[] = {0.0f,   -0.0f,    1e30f,
+                                -1e30f, 65519.0f, std::numeric_limits<float>::infinity(),
+                                6e-8f,  1e-40f,   std::numeric_limits<float>::quiet_NaN()};
+  const uint32_t dim = options_.geometry.head_dim;
+  for (uint64_t i = first; i < first + count; i += dim) {
+    const uint32_t kind = below(6);
+    const float scale = std::exp2(static_cast<float>(below(40)) - 24.0f);
+    for (uint32_t d = 0; d < dim; ++d) {
+      float value = normal_(random_) * (kind == 5 ? 1.0f : scale);
+      if (kind == 0) value = 0.0f;
+      if (kind == 1) value = scale;
+      if (kind == 2 && below(16) == 0) value = kSpecial[below(std::size(kSpecial))];
+      if (kind == 3 && below(32) == 0) value *= 64.0f;
+      rows.set(i + d, value);
+    }
+  }
+}
+
+// As device tokens are after the flush that the host has still to do.
+LaneTokens TwinBatch::host_tokens(const Twin& t, uint32_t lane_index) const {
+  const kernels::SequenceState& state = t.state();
+  const kernels::Lane lane = state.lane(lane_index);
+  const kernels::LaneHeader& header = lane.header();
+  const uint32_t dim = state.geometry.head_dim;
+  const bool due = header.buffer_count == kernels::kBufferTokens;
+  const kernels::FlushFormats formats = state.flush_formats();
+  LaneTokens tokens;
+  lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
+    for (uint64_t left = d.live; left != 0; left &= left - 1) {
+      const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+      LaneToken token =
+          decode_slot(state.pages.address(d.page), static_cast<Format>(d.format), dim, slot);
+      if (state.store.scored) {
+        token.score = lane.scores(d)[slot];
+        const float decayed = fp16_to_float(token.score) * state.policy().score_decay;
+        if (due) token.score = fp16_from_float(decayed);
+      }
+      tokens[lane.position(d, slot)] = std::move(token);
+    }
+  });
+  for (uint32_t i = 0; i < header.buffer_count; ++i) {
+    const void* page = state.pages.address(header.buffer_page[i / kernels::kBufferPageSlots]);
+    const uint32_t slot = i % kernels::kBufferPageSlots;
+    const uint32_t position = slot_position(page, state.store.wide, dim, slot);
+    LaneToken token = decode_slot(page, state.store.wide, dim, slot);
+    token.buffered = !due;
+    if (state.store.scored) token.score = header.buffer_score[i];
+    if (due) recode_token(token, position < formats.sink_tokens ? formats.sink : formats.thought);
+    tokens[position] = std::move(token);
+  }
+  return tokens;
+}
+
+// The same scores on both sides, whatever attention would have made of them.
+void TwinBatch::plant_scores() {
+  ++planted_;
+  for (const auto& t : twins_) {
+    if (!t || !t->state().store.scored) continue;
+    const DeviceReader reader(pool_, t->root);
+    for (uint32_t index = 0; index < options_.geometry.lanes(); ++index) {
+      const kernels::Lane lane = t->state().lane(index);
+      lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
+        for (uint64_t left = d.live; left != 0; left &= left - 1) {
+          const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+          lane.scores(d)[slot] = planted_score(planted_, index, lane.position(d, slot));
+        }
+      });
+      for (uint32_t i = 0; i < lane.header().buffer_count; ++i) {
+        const uint32_t position = t->host->tokens() + 1 - lane.header().buffer_count + i;
+        lane.header().buffer_score[i] = planted_score(planted_, index, position);
+      }
+      cuda::DeviceLane& l = reader.lane(index);
+      for (uint32_t i = 0; i < l.pages; ++i) {
+        const cuda::DeviceDescriptor& d = reader.descriptor(l, i);
+        for (uint64_t left = d.live; left != 0; left &= left - 1) {
+          const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+          const uint32_t position =
+              slot_position(pool_.address(d.page), static_cast<Format>(d.format),
+                            options_.geometry.head_dim, slot);
+          reader.scores(l, i)[slot] = planted_score(planted_, index, position);
+        }
+      }
+      for (uint32_t i = 0; i < l.buffer_count; ++i) {
+        const uint32_t position = t->host->tokens() + 1 - l.buffer_count + i;
+        l.buffer_score[i] = planted_score(planted_, index, position);
+      }
+    }
+  }
+}
+
+// The list of a layer names the live slots of every lane, and the scores beside them.
+void TwinBatch::check_list(uint32_t layer) {
+  const ModelGeometry& g = options_.geometry;
+  const uint32_t* begin = pool_.lane_begin().data() + uint64_t{layer} * (pool_.rows() + 1);
+  expect(begin[0] == 0, "the list starts at 0");
+  for (uint32_t row = 0; row < pool_.rows(); ++row) {
+    const Twin* t = twins_[row / g.kv_heads].get();
+    if (t == nullptr) {
+      expect(begin[row + 1] == begin[row], "a row without a sequence has pages");
+      continue;
+    }
+    const DeviceReader reader(pool_, t->root);
+    const cuda::DeviceLane& lane = reader.lane(layer * g.kv_heads + row % g.kv_heads);
+    const uint32_t buffers = (lane.buffer_count + 7) / 8;
+    expect(begin[row + 1] - begin[row] == lane.pages + buffers, "pages of a lane in the list");
+    expect(pool_.positions()[row / g.kv_heads] == t->host->tokens(), "position of the step");
+    for (uint32_t i = 0; i < lane.pages + buffers; ++i) {
+      const bool buffer = i >= lane.pages;
+      const uint32_t b = i - lane.pages;
+      const cuda::DeviceDescriptor* d = buffer ? nullptr : &reader.descriptor(lane, i);
+      const uint64_t page =
+          reinterpret_cast<uint64_t>(pool_.address(buffer ? lane.buffer_page[b] : d->page));
+      const uint64_t format = buffer ? static_cast<uint64_t>(reader.wide()) : d->format;
+      const uint32_t left = lane.buffer_count - 8 * b;
+      const uint64_t live = !buffer ? d->live : left >= 8 ? 0xFFu : (1u << left) - 1;
+      const cuda::PageView& entry = pool_.list()[begin[row] + i];
+      expect(entry.tagged == (page | format) && entry.live == live, "an entry of the list");
+      const uint16_t* scores = buffer ? lane.buffer_score + 8 * b : reader.scores(lane, i);
+      expect(pool_.score_rows()[begin[row] + i] == (reader.header().scored != 0 ? scores : nullptr),
+             "a row of scores in the list");
+    }
+  }
+}
+
+void TwinBatch::check_progress() {
+  const cuda::Progress& progress = pool_.progress();
+  uint64_t live = 0;
+  uint32_t pages_max = 0;
+  for (const auto& t : twins_) {
+    if (!t) continue;
+    live += t->host->stats().live_slots;
+    pages_max = std::max(pages_max, lane_pages_max(*t));
+  }
+  ++steps_;
+  expect(progress.steps == steps_, "progress.steps");
+  expect(progress.live_slots == live, "progress.live_slots");
+  expect(progress.lane_pages_max == pages_max, "progress.lane_pages_max");
+  expect(progress.used_total == pool_.lease().used_total && progress.faults == 0, "progress");
+}
+
+void TwinBatch::compare_lane(const Twin& t, const DeviceReader& reader, uint32_t index) {
+  const std::string where =
+      "lane " + std::to_string(index) + " at token " + std::to_string(t.host->tokens()) + ": ";
+  std::string twice;
+  const LaneTokens expected = host_tokens(t, index), found = reader.tokens(index, twice);
+  expect(twice.empty(), where + twice);
+  if (expected != found) {
+    for (const auto& [position, token] : expected) {
+      const auto it = found.find(position);
+      if (it != found.end() && it->second == token) continue;
+      expect(false, where + "position " + std::to_string(position) +
+                        (it == found.end() ? " is missing" : " differs"));
+      break;
+    }
+    expect(expected.size() == found.size(), where + "number of live tokens");
+  }
+  const kernels::Lane lane = t.state().lane(index);
+  expect(lane.header().live_prompt == reader.lane(index).live_prompt, where + "live_prompt");
+  if (!t.same_places || t.host_flush_is_due()) return;
+  expect(host_placement(lane) == reader.placement(index), where + "places");
+}
+
+void TwinBatch::compare_numbers(const Twin& t) {
+  DeviceVector<cuda::SequenceNumbers> out(1);
+  run(cuda::launch_numbers(pool_.view(), t.root, out.data(), nullptr));
+  const cuda::SequenceNumbers& n = out[0];
+  const kernels::SequenceStats s = t.host->stats();
+  expect(n.tokens == s.tokens && n.prompt_tokens == s.prompt_tokens, "tokens");
+  expect(n.live_slots == s.live_slots && n.live_tokens_max == s.live_tokens_max, "live numbers");
+  expect(n.evicted_slots == s.evicted_slots, "evicted_slots");
+  expect(n.recoded_slots == s.recoded_slots && n.recoded_bytes == s.recoded_bytes, "recoded");
+  expect(n.steps == s.steps && n.refreshes == s.refreshes, "steps and refreshes");
+  expect(n.demotions == s.demotions && n.merges == s.merges, "demotions and merges");
+  expect(n.over_budget_steps == s.over_budget_steps, "over_budget_steps");
+  expect(n.budget_tokens == s.budget_tokens, "budget_tokens");
+  expect(n.lane_pages_max == lane_pages_max(t), "lane_pages_max");
+  for (uint32_t i = 0; i < kThoughtCount; ++i) expect(n.segments[i] == s.segments[i], "segments");
+  if (t.same_places && !t.host_flush_is_due()) {
+    expect(n.reused_slots == s.reused_slots, "reused_slots");
+  }
+}
+
+void TwinBatch::compare() {
+  std::set<uint32_t> owned;
+  for (const auto& t : twins_) {
+    if (!t) continue;
+    const DeviceReader reader(pool_, t->root);
+    std::string structure;
+    reader.check(owned, structure);
+    expect(structure.empty(), structure);
+    for (uint32_t lane = 0; lane < options_.geometry.lanes(); ++lane)
+      compare_lane(*t, reader, lane);
+    compare_numbers(*t);
+  }
+  expect(pool_.lease().used_total == owned.size(), "used_total is what sequences hold");
+  expect(pool_.free_pages() + owned.size() == pool_.total_pages(), "a page was lost");
+}
+
+}  // namespace thinkv::testing

@@ -1,0 +1,258 @@
+// device_twin.h: the same sequence on the host (the oracle) and on the device, token for token.
+//
+// A TwinBatch drives a batch of sequences on both sides and compares them after every call. Before
+// each call the lease holds exactly what the host-side bounds of sequence.h promise to be enough.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/sequence/sequence.h"
+#include "kernels/sequence/sequence_state.h"
+#include "tests/support/device_lanes.h"
+#include "tests/support/device_pool.h"
+#include "tests/support/vector_page_source.h"
+#include "thinkv/internal/small_float.h"
+
+namespace thinkv::testing {
+
+// Rows of an engine's tensor, and the same numbers as the host takes them.
+class ElementRows {
+ public:
+  ElementRows(cuda::Element element, uint64_t count)
+      : element_(element), host(count), device_(count * cuda::element_bytes(element)) {}
+  void set(uint64_t i, float value) {
+    if (element_ == cuda::Element::kF32) {
+      host[i] = value;
+      std::memcpy(device_.data() + 4 * i, &value, 4);
+      return;
+    }
+    const bool half = element_ == cuda::Element::kF16;
+    const uint16_t raw = half ? fp16_from_float(value) : bf16_from_float(value);
+    host[i] = half ? fp16_to_float(raw) : bf16_to_float(raw);
+    std::memcpy(device_.data() + 2 * i, &raw, 2);
+  }
+  [[nodiscard]] const void* device() const { return device_.data(); }
+
+ private:
+  cuda::Element element_;
+
+ public:
+  std::vector<float> host;
+
+ private:
+  DeviceVector<unsigned char> device_;  // all ones where nothing was set: NaN
+};
+
+// One sequence on both sides.
+struct Twin {
+  Twin(VectorPool& host_pool, uint32_t device_root) : source(host_pool), root(device_root) {}
+  VectorPageSource source;
+  std::optional<kernels::Sequence> host;
+  uint32_t root;
+  uint32_t generated = 0;
+  // False once something was evicted or recoded while the host still held a full buffer, which the
+  // device had flushed: tokens are the same, places are not.
+  bool same_places = true;
+
+  [[nodiscard]] const kernels::SequenceState& state() const { return *host->state(); }
+  [[nodiscard]] bool host_flush_is_due() const {
+    return state().lanes[0]->buffer_count == kernels::kBufferTokens;
+  }
+};
+
+class TwinBatch {
+ public:
+  struct Options {
+    ModelGeometry geometry;
+    cuda::Element element = cuda::Element::kF32;
+    uint32_t capacity = 1;
+    uint32_t extent_pages = 512;
+    uint64_t seed = 1;
+    bool plant_scores = false;  // what attention would have added, on both sides
+    bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
+  };
+  explicit TwinBatch(const Options& o)
+      : options_(o),
+        pool_({.geometry = o.geometry,
+               .capacity = o.capacity,
+               .extents = 3,
+               .extent_pages = o.extent_pages,
+               .list_pages = 3 * o.extent_pages,
+               .seed = o.seed}),
+        host_pool_({.head_dim = o.geometry.head_dim,
+                    .capacity = 3 * o.extent_pages,
+                    .shuffle_seed = o.seed | 1}),
+        twins_(o.capacity),
+        random_(o.seed) {}
+
+  [[nodiscard]] Twin* twin(uint32_t row) const { return twins_[row].get(); }
+  [[nodiscard]] DevicePool& pool() { return pool_; }
+  [[nodiscard]] const std::string& wrong() const { return wrong_; }
+  [[nodiscard]] const ModelGeometry& geometry() const { return options_.geometry; }
+
+  void open(uint32_t row, const PolicyParams& policy, bool trace_sparsity = false) {
+    auto& twin = twins_[row];
+    twin = std::make_unique<Twin>(host_pool_, pool_.take());
+    std::memset(pool_.address(twin->root), 0xFF, page_bytes(options_.geometry.head_dim));
+    auto made = kernels::Sequence::create(twin->source, kernels::host(), options_.geometry, policy,
+                                          {.trace_sparsity = trace_sparsity});
+    THINKV_CHECK(made.has_value());
+    twin->host.emplace(std::move(made).value());
+    pool_.supply(cuda::open_pages(options_.geometry, policy));
+    run(cuda::launch_open(pool_.view(), twin->root, policy, policy.budget_tokens, trace_sparsity,
+                          nullptr));
+    expect(pool_.lease().count == 0, "open_pages() is exact");
+    pool_.root(row) = twin->root;
+  }
+
+  void prefill(uint32_t row, uint32_t tokens) {
+    Twin& t = *twins_[row];
+    const ModelGeometry& g = options_.geometry;
+    for (uint32_t layer = 0; layer < g.layers; ++layer) {
+      ElementRows k(options_.element, uint64_t{tokens} * g.kv_heads * g.head_dim);
+      ElementRows v(options_.element, k.host.size());
+      fill(k, 0, k.host.size());
+      fill(v, 0, v.host.size());
+      THINKV_CHECK(t.host->prefill(layer, k.host.data(), v.host.data(), tokens).has_value());
+      pool_.supply(cuda::prefill_pages(g, t.host->policy(), tokens));
+      run(cuda::launch_prefill(pool_.view(), t.root, layer, k.device(), v.device(),
+                               options_.element, tokens, nullptr));
+    }
+    THINKV_CHECK(t.host->prefill_end().has_value());
+    run(cuda::launch_prefill_end(pool_.view(), t.root, tokens, nullptr));
+  }
+
+  // One token for every sequence.
+  void step() {
+    const ModelGeometry& g = options_.geometry;
+    supply_step();
+    for (auto& twin : twins_) {
+      if (twin) THINKV_CHECK(twin->host->begin_step().has_value());
+    }
+    run(cuda::launch_begin(pool_.view(), nullptr));
+    const uint64_t row_size = uint64_t{g.kv_heads} * g.head_dim;
+    for (uint32_t layer = 0; layer < g.layers; ++layer) {
+      ElementRows k(options_.element, options_.capacity * row_size);
+      ElementRows v(options_.element, options_.capacity * row_size);
+      for (uint32_t row = 0; row < options_.capacity; ++row) {
+        if (!twins_[row]) continue;
+        fill(k, row * row_size, row_size);
+        fill(v, row * row_size, row_size);
+        THINKV_CHECK(
+            twins_[row]
+                ->host
+                ->append(layer, k.host.data() + row * row_size, v.host.data() + row * row_size)
+                .has_value());
+      }
+      run(cuda::launch_append(pool_.view(), layer, k.device(), v.device(), options_.element,
+                              nullptr));
+      check_list(layer);
+    }
+    if (options_.plant_scores) plant_scores();
+    for (auto& twin : twins_) {
+      if (!twin) continue;
+      THINKV_CHECK(twin->host->end_step().has_value());
+      twin->generated += 1;
+    }
+    run(cuda::launch_end(pool_.view(), nullptr));
+    check_progress();
+  }
+
+  void evict(uint32_t row, std::vector<uint32_t> positions) {
+    Twin& t = *twins_[row];
+    THINKV_CHECK(t.host->evict(positions).has_value());
+    const uint32_t tokens = t.host->tokens();
+    std::sort(positions.begin(), positions.end());
+    std::erase_if(positions, [&](uint32_t p) { return p + kernels::kBufferTokens >= tokens; });
+    t.same_places = t.same_places && !t.host_flush_is_due();
+    if (positions.empty()) return;
+    DeviceVector<uint32_t> list(positions.size());
+    std::copy(positions.begin(), positions.end(), list.data());
+    pool_.supply(0);
+    run(cuda::launch_evict(pool_.view(), t.root, list.data(),
+                           static_cast<uint32_t>(positions.size()), nullptr));
+  }
+
+  // Positions first .. end - 1. While the host's buffer waits for its flush, not those in it.
+  void recode(uint32_t row, uint32_t first, uint32_t end, Format format) {
+    Twin& t = *twins_[row];
+    if (t.host_flush_is_due()) {
+      end = std::min(end, t.host->tokens() - kernels::kBufferTokens);
+      t.same_places = false;
+    }
+    if (first >= end) return;
+    THINKV_CHECK(t.host->quantize(first, end - 1, format).has_value());
+    pool_.supply(std::min<uint32_t>(
+        cuda::recode_pages(options_.geometry, t.host->policy(), lane_pages_max(t), format),
+        static_cast<uint32_t>(pool_.free_pages())));
+    run(cuda::launch_recode(pool_.view(), t.root, first, end, format, nullptr));
+  }
+
+  void close(uint32_t row) {
+    pool_.supply(0);
+    run(cuda::launch_close(pool_.view(), twins_[row]->root, nullptr));
+    pool_.root(row) = PageId::kNoneRaw;
+    twins_[row].reset();
+  }
+
+  // Everything that both sides have, compared.
+  void compare();
+
+  [[nodiscard]] uint32_t below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
+  [[nodiscard]] std::mt19937_64& random() { return random_; }
+
+ private:
+  void run(cudaError_t error) {
+    expect(error == cudaSuccess, "a launch failed");
+    device_wait();
+    expect(pool_.lease().faults == 0, "a fault was raised");
+  }
+  void expect(bool good, const std::string& what) {
+    if (!good && wrong_.size() < 4000) wrong_ += what + "; ";
+  }
+  void fill(ElementRows& rows, uint64_t first, uint64_t count) {
+    if (options_.wild) return fill_wild(rows, first, count);
+    for (uint64_t i = first; i < first + count; ++i) rows.set(i, normal_(random_));
+  }
+  void fill_wild(ElementRows& rows, uint64_t first, uint64_t count);
+  [[nodiscard]] uint32_t lane_pages_max(const Twin& t) const {
+    const DeviceReader reader(pool_, t.root);
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < options_.geometry.lanes(); ++i) {
+      most = std::max(most, reader.lane(i).pages);
+    }
+    return most;
+  }
+  void supply_step() {
+    uint32_t pages = 0;
+    for (const auto& t : twins_) {
+      if (!t) continue;
+      pages += cuda::step_pages(options_.geometry, t->host->policy(),
+                                t->host->tokens() - t->generated, t->generated, lane_pages_max(*t));
+    }
+    pool_.supply(pages);
+  }
+  void plant_scores();
+  void check_list(uint32_t layer);
+  void check_progress();
+  void compare_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
+  void compare_numbers(const Twin& t);
+  [[nodiscard]] LaneTokens host_tokens(const Twin& t, uint32_t lane) const;
+
+  Options options_;
+  DevicePool pool_;
+  VectorPool host_pool_;
+  std::vector<std::unique_ptr<Twin>> twins_;
+  std::mt19937_64 random_;
+  std::normal_distribution<float> normal_;
+  std::string wrong_;
+  uint32_t planted_ = 0;
+  uint64_t steps_ = 0;
+};
+
+}  // namespace thinkv::testing

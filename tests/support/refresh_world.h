@@ -1,0 +1,214 @@
+// refresh_world.h: a batch on the emulated device, and planted attention for both sides: what it
+// would report (scores, sparsity) is a function of row, lane, position and step, so that host and
+// device see the same numbers bit for bit.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdlib>
+#include <memory>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/sequence.h"
+#include "kernels/sequence/scores.h"
+#include "tests/support/sequence_fixture.h"
+
+namespace thinkv::testing {
+
+// ---- what attention would say ----
+
+struct Planted {
+  uint32_t step = 0;
+  uint32_t row = 0;                    // whose attention runs
+  uint32_t lane = 0;                   // of the next call on the host
+  std::array<uint32_t, 32> percent{};  // near-zero entries, by row
+  uint32_t granularity = 64;           // few: many scores are equal
+  [[nodiscard]] float probability(uint32_t of_lane, uint32_t position) const {
+    const uint32_t mixed =
+        (position * 2654435761u) ^ ((of_lane + 64 * row) * 40503u) ^ (step * 97u);
+    return static_cast<float>((mixed >> 7) % granularity) / 1024.0f;
+  }
+};
+inline Planted planted;  // NOLINT: kernels are plain functions
+
+inline uint32_t position_in_page(const std::byte* page, Format format, uint32_t head_dim,
+                                 uint32_t slot) {
+  uint32_t position = 0;
+  std::memcpy(&position,
+              page + page_layout(format, head_dim).position_offset + slot * kPositionBytes,
+              sizeof position);
+  return position;
+}
+
+inline void planted_attend(const kernels::AttendParams& p) {
+  if (p.sparsity != nullptr) *p.sparsity = {100, planted.percent[planted.row]};
+  for (size_t i = 0; i < p.pages.size() && p.probabilities != nullptr; ++i) {
+    for (uint32_t s = 0; s < kSlotsPerPageMax; ++s) {
+      if (((p.pages[i].live >> s) & 1u) == 0) continue;
+      const uint32_t position =
+          position_in_page(p.pages[i].bytes, p.pages[i].format, p.head_dim, s);
+      p.probabilities[i * kSlotsPerPageMax + s] = planted.probability(planted.lane, position);
+    }
+  }
+  ++planted.lane;
+}
+inline const kernels::KernelSet& planted_kernels() {
+  static const kernels::KernelSet set = [] {
+    kernels::KernelSet s = kernels::host();
+    s.attend = planted_attend;
+    return s;
+  }();
+  return set;
+}
+
+// ---- the device ----
+
+// A pool, a lease and a batch of rows in plain memory.
+class DeviceBatch {
+ public:
+  static constexpr uint64_t kExtentBytes = uint64_t{1} << 18;
+
+  DeviceBatch(const ModelGeometry& g, uint32_t capacity, uint32_t pool_pages)
+      : per_extent_(static_cast<uint32_t>(kExtentBytes / page_bytes(g.head_dim))),
+        extents_((pool_pages + per_extent_ - 1) / per_extent_),
+        memory_(static_cast<unsigned char*>(std::aligned_alloc(256, extents_ * kExtentBytes))),
+        lease_pages(size_t{extents_} * per_extent_),
+        roots(capacity, PageId::kNoneRaw),
+        positions_(capacity),
+        emit_(size_t{g.layers} * capacity),
+        lane_begin_(size_t{g.layers} * (capacity * g.kv_heads + 1)),
+        pages_(4096),
+        score_rows_(4096),
+        sparsity_(size_t{g.lanes()} * capacity) {
+    std::memset(memory_.get(), 0xFF, extents_ * kExtentBytes);
+    for (uint32_t i = 0; i < lease_pages.size(); ++i) {
+      lease_pages[i] = (i / per_extent_) << PageId::kIndexBits | i % per_extent_;
+    }
+    lease.count = lease.capacity = static_cast<uint32_t>(lease_pages.size());
+    lease.pages = lease_pages.data();
+    view = {.pool = {reinterpret_cast<uint64_t>(memory_.get()), kExtentBytes, extents_},
+            .geometry = g,
+            .roots = roots.data(),
+            .capacity = capacity,
+            .pages_max = static_cast<uint32_t>(pages_.size()),
+            .lease = &lease,
+            .progress = &progress,
+            .positions = positions_.data(),
+            .emit = emit_.data(),
+            .lane_begin = lane_begin_.data(),
+            .pages = pages_.data(),
+            .score_rows = score_rows_.data(),
+            .sparsity = sparsity_.data()};
+  }
+
+  void open(uint32_t row, const PolicyParams& policy, uint32_t budget) {
+    roots[row] = lease_pages[--lease.count];
+    ASSERT_EQ(cuda::launch_open(view, roots[row], policy, budget, false, nullptr), 0);
+    ASSERT_NE(sequence(row), nullptr);
+  }
+  [[nodiscard]] cuda::DeviceSequence* sequence(uint32_t row) const {
+    return cuda::sequence_at(view, roots[row]);
+  }
+  [[nodiscard]] cuda::LaneView lane(uint32_t row, uint32_t index) const {
+    return cuda::lane_view(view, sequence(row), index);
+  }
+  [[nodiscard]] std::vector<policy::Segment> segments(uint32_t row) const {
+    std::vector<policy::Segment> all;
+    for (uint32_t i = 0; i < sequence(row)->segments; ++i) {
+      all.push_back(*cuda::segment_at(view, sequence(row), i));
+    }
+    return all;
+  }
+
+  cuda::BatchView view{};
+  cuda::Lease lease{};
+  cuda::Progress progress{};
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+  uint32_t per_extent_;
+  uint32_t extents_;
+  std::unique_ptr<unsigned char, Free> memory_;
+
+ public:
+  std::vector<uint32_t> lease_pages;
+  std::vector<uint32_t> roots;
+
+ private:
+  std::vector<uint32_t> positions_;
+  std::vector<uint8_t> emit_;
+  std::vector<uint32_t> lane_begin_;
+  std::vector<cuda::PageView> pages_;
+  std::vector<uint16_t*> score_rows_;
+  std::vector<cuda::LaneSparsity> sparsity_;
+};
+
+// What attention leaves on the device: sparsity of every lane, and scores where they are due.
+inline void plant_on_device(const DeviceBatch& batch, uint32_t row) {
+  const ModelGeometry& g = batch.view.geometry;
+  planted.row = row;
+  for (uint32_t index = 0; index < g.lanes(); ++index) {
+    const uint32_t layer = index / g.kv_heads, head = index % g.kv_heads;
+    batch.view.sparsity[(layer * batch.view.capacity + row) * g.kv_heads + head] = {
+        100, planted.percent[row]};
+    const cuda::LaneView lane = batch.lane(row, index);
+    if (lane.sequence->emitting == 0) continue;
+    for (uint32_t i = 0; i < lane.lane->pages; ++i) {
+      cuda::DeviceDescriptor* d = cuda::descriptor_at(lane, i);
+      const auto* page = reinterpret_cast<std::byte*>(cuda::page_at(batch.view, d->page));
+      for (uint64_t left = d->live; left != 0; left &= left - 1) {
+        const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+        uint16_t& score = cuda::scores_of(lane, d, i)[slot];
+        score = kernels::add_score(
+            score, planted.probability(index, position_in_page(page, static_cast<Format>(d->format),
+                                                               g.head_dim, slot)));
+      }
+    }
+    for (uint32_t b = 0; b < lane.lane->buffer_count; ++b) {
+      uint16_t& score = lane.lane->buffer_score[b];
+      const uint32_t position = lane.sequence->tokens + 1 - lane.lane->buffer_count + b;
+      score = kernels::add_score(score, planted.probability(index, position));
+    }
+  }
+}
+
+// ---- a page as both sides describe it ----
+
+// Format, live mask and the positions of live slots.
+using PageFacts = std::tuple<uint8_t, uint64_t, std::vector<uint32_t>>;
+
+inline PageFacts page_facts(const std::byte* page, uint8_t format, uint64_t live,
+                            uint32_t head_dim) {
+  std::vector<uint32_t> positions;
+  for (uint64_t left = live; left != 0; left &= left - 1) {
+    positions.push_back(position_in_page(page, static_cast<Format>(format), head_dim,
+                                         static_cast<uint32_t>(std::countr_zero(left))));
+  }
+  return {format, live, positions};
+}
+inline std::multiset<PageFacts> pages_of(const kernels::Sequence& sequence, uint32_t lane_index) {
+  const kernels::SequenceState& state = *sequence.state();
+  std::multiset<PageFacts> all;
+  state.lane(lane_index).pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
+    all.insert(page_facts(state.pages.address(d.page), d.format, d.live, state.geometry.head_dim));
+  });
+  return all;
+}
+inline std::multiset<PageFacts> pages_of(const DeviceBatch& batch, uint32_t row,
+                                         uint32_t lane_index) {
+  const cuda::LaneView lane = batch.lane(row, lane_index);
+  std::multiset<PageFacts> all;
+  for (uint32_t i = 0; i < lane.lane->pages; ++i) {
+    const cuda::DeviceDescriptor* d = cuda::descriptor_at(lane, i);
+    all.insert(page_facts(reinterpret_cast<std::byte*>(cuda::page_at(batch.view, d->page)),
+                          d->format, d->live, lane.head_dim));
+  }
+  return all;
+}
+
+}  // namespace thinkv::testing
