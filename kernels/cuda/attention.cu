@@ -9,8 +9,12 @@
 
 namespace thinkv::cuda {
 
-AttendShape attend_shape(uint32_t multiprocessors, uint32_t, uint32_t head_dim) {
-  return {multiprocessors, head_dim == 256 ? 8u : 16u};
+AttendShape attend_shape(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim) {
+  // Few lanes: every warp more is another start and another part of a cut lane. Many: more warps
+  // hide more latency, most in the 2-bit formats.
+  constexpr uint32_t kManyLanes = 512;
+  const uint32_t warps = head_dim == 64 ? 16 : head_dim == 256 || lanes < kManyLanes ? 8 : 12;
+  return {multiprocessors, warps};
 }
 
 uint64_t attend_part_floats(const AttendShape& shape, uint32_t lanes, uint32_t group,

@@ -12,8 +12,6 @@ cudaError_t launch_attend_128(const AttendParams& p, const AttendShape& shape,
       return launch_shape<128, 1, 8, 5>(p, shape.ctas, stream);
     case 12:
       return launch_shape<128, 1, 12, 4>(p, shape.ctas, stream);
-    case 16:
-      return launch_shape<128, 1, 16, 3>(p, shape.ctas, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -22,7 +20,6 @@ cudaError_t launch_attend_128(const AttendParams& p, const AttendShape& shape,
 void visit_attend_128(AttendKernelVisit visit) {
   visit_shape<128, 1, 8, 5>(visit);
   visit_shape<128, 1, 12, 4>(visit);
-  visit_shape<128, 1, 16, 3>(visit);
   visit_shape<128, 2, 8, 5>(visit);
 }
 

@@ -139,7 +139,7 @@ __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stre
 }
 
 template <int kHeadDim, int kN, int kWarps, int kStages, bool kExtra>
-__global__ void __launch_bounds__(kWarps * 32, kHeadDim == 128 && kWarps == 8 && kStages == 3 ? 2 : 1) attend_kernel(const AttendParams p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) attend_kernel(const AttendParams p) {
   using Stream = PageStream<kHeadDim, kStages, kExtra>;
   constexpr uint32_t kRing = kStages * Stream::kPage;
   __shared__ __align__(8) uint64_t barriers[kWarps * kStages];

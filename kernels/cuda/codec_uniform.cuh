@@ -48,45 +48,49 @@ template <int kCount>
   return max_of_eight(m);
 }
 
+// The code as a float, less 2^(b - 1). Conversions to and from integers take four times the time of
+// an addition, so codes stay floats until they are stored.
+template <int kBits>
+[[nodiscard]] __device__ __forceinline__ float uniform_step(float x, float inv) {
+  constexpr float kHalf = static_cast<float>(1 << (kBits - 1));
+  const float step = floorf(exact_mul(x, inv));
+  return fminf(fmaxf(step, -kHalf), kHalf - 1.0f);
+}
 template <int kBits>
 [[nodiscard]] __device__ __forceinline__ uint32_t uniform_code(float x, float inv) {
   constexpr float kHalf = static_cast<float>(1 << (kBits - 1));
-  const float step = floorf(exact_mul(x, inv));
-  const float bounded = step < -kHalf ? -kHalf : step > kHalf - 1.0f ? kHalf - 1.0f : step;
-  return static_cast<uint32_t>(static_cast<int32_t>(bounded + kHalf));
+  // The code moves into the lowest bits of the mantissa.
+  constexpr float kUnitInLastPlace = 0x1p23f;
+  const float moved = exact_add(uniform_step<kBits>(x, inv), kHalf + kUnitInLastPlace);
+  return __float_as_uint(moved) & ((1u << kBits) - 1);
 }
 
-template <int kDim>
+// One clipping factor: 1 / s0, the least-squares scale of the codes at s0, and its error.
 struct Clipping {
-  Codes<kDim, 4> codes;
+  float inv;
   uint16_t scale;
   float error;
 };
 
-// Codes at one clipping factor and their least-squares scale.
 template <int kDim>
-__device__ __forceinline__ Clipping<kDim> clip_at(const float (&x)[kDim / 8], float start) {
+[[nodiscard]] __device__ __forceinline__ Clipping clip_at(const float (&x)[kDim / 8], float start) {
   constexpr int kCount = kDim / 8;
-  constexpr float kBias = kernels::uniform_bias(4);
-  Clipping<kDim> result;
+  constexpr float kHalfStep = 0.5f;  // a step less the bias: step + 2^3 - 7.5, exact
   const float start_scale = fp16_to_float(fp16_scale(start));
-  const float inv = inverse(start_scale);
-  float products[kCount], squares[kCount];
+  Clipping result{inverse(start_scale), 0, 0.0f};
+  float c[kCount], products[kCount], squares[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint32_t code = uniform_code<4>(x[i], inv);
-    result.codes.set(i, code);
-    const float c = static_cast<float>(code) - kBias;
-    products[i] = exact_mul(x[i], c);
-    squares[i] = exact_mul(c, c);
+    c[i] = exact_add(uniform_step<4>(x[i], result.inv), kHalfStep);
+    products[i] = exact_mul(x[i], c[i]);
+    squares[i] = exact_mul(c[i], c[i]);
   }
   const float product = fold(products), square = fold(squares);
-  result.scale = start_scale == 0.0f ? uint16_t{0} : fp16_scale(exact_div(product, square));
+  if (start_scale != 0.0f) result.scale = fp16_scale(exact_div(product, square));
   const float scale = fp16_to_float(result.scale);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float c = static_cast<float>(result.codes.get(i)) - kBias;
-    const float difference = exact_sub(x[i], exact_mul(c, scale));
+    const float difference = exact_sub(x[i], exact_mul(c[i], scale));
     products[i] = exact_mul(difference, difference);
   }
   result.error = fold(products);
@@ -96,17 +100,17 @@ __device__ __forceinline__ Clipping<kDim> clip_at(const float (&x)[kDim / 8], fl
 template <int kDim>
 __device__ __forceinline__ uint16_t best_clipping(const float (&x)[kDim / 8],
                                                   Codes<kDim, 4>& codes) {
+  constexpr float kFirst = kernels::kClipFactors[0], kSecond = kernels::kClipFactors[1],
+                  kThird = kernels::kClipFactors[2];
   const float widest = exact_div(abs_max(x), kernels::uniform_bias(4));
-  Clipping<kDim> best;
+  Clipping best = clip_at<kDim>(x, exact_mul(widest, kFirst));
 #pragma unroll 1
-  for (int f = 0; f < 3; ++f) {
-    constexpr float kFirst = kernels::kClipFactors[0], kSecond = kernels::kClipFactors[1],
-                    kThird = kernels::kClipFactors[2];
-    const float factor = f == 0 ? kFirst : f == 1 ? kSecond : kThird;
-    const Clipping<kDim> next = clip_at<kDim>(x, exact_mul(widest, factor));
-    if (f == 0 || next.error < best.error) best = next;
+  for (int f = 1; f < 3; ++f) {
+    const Clipping next = clip_at<kDim>(x, exact_mul(widest, f == 1 ? kSecond : kThird));
+    if (next.error < best.error) best = next;
   }
-  codes = best.codes;
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) codes.set(i, uniform_code<4>(x[i], best.inv));
   return best.scale;
 }
 

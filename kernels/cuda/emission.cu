@@ -64,29 +64,44 @@ struct SlotScores {
   }
 };
 
-// Calls visit(page, slot, scores) for the slots of the lane that count, one thread each. Several
-// pages are read at a time: a lane is one CTA's, and its loads would wait for each other.
+// One slot's place among the scores of its page, with what is there now; null: nowhere.
+struct ScorePlace {
+  uint16_t* where;
+  uint16_t before;
+};
+
+// Calls visit(scores of the slot, place) for the slots of the lane that count, one thread each.
+// Several pages are read at a time: a lane is one CTA's, and its loads would wait for each other.
+// `rows`: score_rows, or null.
 template <int kPairs, class Visit>
 __device__ __forceinline__ void for_each_slot(const AttendParams& p, uint32_t lane_index,
-                                              const Visit& visit) {
-  constexpr uint32_t kAtOnce = kPairs <= 2 ? 8 : 16 / kPairs;
+                                              uint16_t* const* rows, const Visit& visit) {
+  constexpr uint32_t kAtOnce = kPairs <= 2 ? 4 : 8 / kPairs;
   constexpr uint32_t kStride = kThreads / kSlotsPerPageMax;
   const uint32_t begin = p.lane_begin[lane_index], end = p.lane_begin[lane_index + 1];
   const uint32_t slot = threadIdx.x % kSlotsPerPageMax;
   for (uint32_t first = begin + threadIdx.x / kSlotsPerPageMax; first < end;
        first += kAtOnce * kStride) {
-    uint64_t live[kAtOnce];
+    bool live[kAtOnce];
     SlotScores<kPairs> scores[kAtOnce];
+    ScorePlace place[kAtOnce];
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i) {
       const uint32_t page = min(first + i * kStride, end - 1);
-      live[i] = first + i * kStride < end ? p.pages[page].live : 0;
+      live[i] = first + i * kStride < end && ((p.pages[page].live >> slot) & 1u) != 0;
       scores[i].load(p, page, slot);
+      place[i].where = rows == nullptr ? nullptr : rows[page];
     }
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i) {
-      if (((live[i] >> slot) & 1u) == 0 || !scores[i].counts()) continue;
-      visit(first + i * kStride, slot, scores[i]);
+      if (!live[i]) place[i].where = nullptr;
+      if (place[i].where == nullptr) continue;
+      place[i].where += slot;
+      place[i].before = *place[i].where;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      if (live[i] && scores[i].counts()) visit(scores[i], place[i]);
     }
   }
 }
@@ -116,7 +131,7 @@ __device__ __forceinline__ MaxRow read_max_row(const AttendParams& p, uint32_t l
                                                bool with_sum, float* shared) {
   MaxRow row;
   float top = kNegativeInfinity, sum = 0.0f;
-  for_each_slot<kPairs>(p, lane_index, [&](uint32_t, uint32_t, const auto& scores) {
+  for_each_slot<kPairs>(p, lane_index, nullptr, [&](const auto& scores, const ScorePlace&) {
     const float score = scores.largest(p.group);
     const float higher = fmaxf(top, score);
     if (with_sum) sum = sum * exp2f(top - higher) + exp2f(score - higher);
@@ -172,13 +187,13 @@ __global__ void __launch_bounds__(kThreads)
   if (sparsity || by_logit) row = read_max_row<kPairs>(p, lane_index, by_logit, shared_floats);
   const float bound = row.top + log2f(p.near_zero);
   uint32_t live = 0, near_zero = 0;
-  for_each_slot<kPairs>(p, lane_index, [&](uint32_t page, uint32_t slot, const auto& of_slot) {
+  const auto visit = [&](const auto& of_slot, const ScorePlace& place) {
     ++live;
     if (sparsity && of_slot.largest(p.group) < bound) ++near_zero;
-    if (!scores || p.score_rows[page] == nullptr) return;
-    uint16_t& score = p.score_rows[page][slot];
-    score = add_probability(score, reduce_heads(p, of_slot, log_sums, row));
-  });
+    if (place.where == nullptr) return;
+    *place.where = add_probability(place.before, reduce_heads(p, of_slot, log_sums, row));
+  };
+  for_each_slot<kPairs>(p, lane_index, scores ? p.score_rows : nullptr, visit);
   if (!sparsity) return;
   const auto add = [](uint32_t a, uint32_t b) { return a + b; };
   live = reduce_block(live, shared_counts, add);

@@ -58,34 +58,54 @@ __device__ __forceinline__ void decay_scores(const LaneView& lane, float factor)
   }
 }
 
+// A token's halves as they lie in the buffer, two to a register. Read before the token's place is
+// looked for: both take as long as a chain of reads does, and neither needs the other.
+template <int kDim>
+struct BufferedToken {
+  uint32_t k[kDim / 16];
+  uint32_t v[kDim / 16];
+};
+template <int kDim, bool kIsK>
+__device__ __forceinline__ void read_halves(uint32_t (&packed)[kDim / 16],
+                                            const unsigned char* section, uint32_t slot) {
+  uint32_t raw[kDim / 8];
+  get_halves<kDim, kIsK>(section, slot, raw);
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) packed[i] = raw[2 * i] | raw[2 * i + 1] << 16;
+}
+template <int kDim>
+__device__ __forceinline__ void widen(float (&x)[kDim / 8], const uint32_t (&packed)[kDim / 16],
+                                      bool bf16) {
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    const auto half = static_cast<uint16_t>(packed[i / 2] >> (16 * (i % 2)));
+    x[i] = bf16 ? bf16_to_float(half) : fp16_to_float(half);
+  }
+}
+
 // Buffered tokens [first, end), which all have one format, to their places.
 template <int kDim>
 __device__ __forceinline__ void encode_tokens(const LaneView& lane,
-                                              unsigned char* const (&pages)[2],
+                                              const BufferedToken<kDim>& source,
                                               const FlushShared& shared, Format format,
                                               uint32_t first, uint32_t end) {
   const uint32_t warp_first = threadIdx.x / 32 * 4;
   if (warp_first >= end || warp_first + 4 <= first) return;  // the whole warp
   const uint32_t token = threadIdx.x / 8;
-  const Format wide = wide_format(*lane.batch);
-  const SlotShape from = slot_shape(kDim, static_cast<uint32_t>(wide));
+  const bool bf16 = lane.batch->geometry.value_type == ValueType::kBf16;
   const SlotShape to = slot_shape(kDim, static_cast<uint32_t>(format));
   const SlotPlace place = shared.places[token];
   const bool active = token >= first && token < end && place.page != nullptr;
-  unsigned char* source = pages[token / kBufferPageSlots];
-  const uint32_t slot = token % kBufferPageSlots, target = active ? place.slot : 0;
+  const uint32_t slot = active ? place.slot : 0;
   float x[kDim / 8];
-  decode_vector<kDim, true>(x, wide,
-                            vector_place<kDim, true>(source, from, coding_of<true>(wide), slot));
+  widen<kDim>(x, source.k, bf16);
   encode_vector<kDim, true>(
-      x, format, vector_place<kDim, true>(place.page, to, coding_of<true>(format), target), active);
-  decode_vector<kDim, false>(x, wide,
-                             vector_place<kDim, false>(source, from, coding_of<false>(wide), slot));
+      x, format, vector_place<kDim, true>(place.page, to, coding_of<true>(format), slot), active);
+  widen<kDim>(x, source.v, bf16);
   encode_vector<kDim, false>(
-      x, format, vector_place<kDim, false>(place.page, to, coding_of<false>(format), target),
-      active);
+      x, format, vector_place<kDim, false>(place.page, to, coding_of<false>(format), slot), active);
   if (!active || threadIdx.x % 8 != 0) return;
-  *reinterpret_cast<uint32_t*>(place.page + to.position_offset + target * kPositionBytes) =
+  *reinterpret_cast<uint32_t*>(place.page + to.position_offset + slot * kPositionBytes) =
       shared.positions[token];
 }
 
@@ -105,6 +125,12 @@ __device__ void flush_lane(const LaneView& lane, const FlushFormats& formats, Fl
         position_of(pages[threadIdx.x / kBufferPageSlots], wide.position_offset,
                     threadIdx.x % kBufferPageSlots);
   }
+  const uint32_t token = threadIdx.x / 8;
+  const unsigned char* page = pages[0];
+  if (token >= kBufferPageSlots) page = pages[1];
+  BufferedToken<kDim> source;
+  read_halves<kDim, true>(source.k, page, token % kBufferPageSlots);
+  read_halves<kDim, false>(source.v, page + wide.v_offset, token % kBufferPageSlots);
   if (lane.scored) decay_scores(lane, p.score_decay);
   __syncthreads();
   const uint32_t first = shared.positions[0];
@@ -129,8 +155,8 @@ __device__ void flush_lane(const LaneView& lane, const FlushFormats& formats, Fl
     }
   }
   __syncthreads();
-  encode_tokens<kDim>(lane, pages, shared, formats.sink, 0, sinks);
-  encode_tokens<kDim>(lane, pages, shared, formats.thought, sinks, count);
+  encode_tokens<kDim>(lane, source, shared, formats.sink, 0, sinks);
+  encode_tokens<kDim>(lane, source, shared, formats.thought, sinks, count);
 }
 
 // The step is counted here because the refresh after it must see it counted, and nothing else in
@@ -153,7 +179,7 @@ struct FlushParams {
 // Blocks on a multiprocessor: what a block does is mostly waiting for reads that depend on each
 // other.
 template <int kDim>
-inline constexpr uint32_t kBlocksMin = kDim == 256 ? 3 : 6;
+inline constexpr uint32_t kBlocksMin = kDim == 256 ? 2 : 4;
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksMin<kDim>)

@@ -84,7 +84,7 @@ TEST_P(CudaAttend, FormatsMixedInALane) {
 TEST_P(CudaAttend, GroupsAboveEight) {
   for (const uint32_t group : {9u, 16u}) {
     AttendCase c{.head_dim = GetParam(), .group = group, .formats = kMixed};
-    c.lengths = {100, 250};
+    c.lengths = {100, 250, 3};
     c.live = 0.8;
     c.rotate = true;
     c.emit = cuda::kEmitScores | cuda::kEmitSparsity;

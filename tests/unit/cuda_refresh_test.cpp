@@ -1,6 +1,7 @@
 // The refresh of the device, in the emulator, against kernels::Sequence: after every step the same
 // segments, the same live slots in the same pages, the same counters.
 #include <cstdlib>
+#include <string>
 
 #include "tests/support/refresh_twins.h"
 
@@ -17,7 +18,7 @@ using Rules = std::tuple<SelectRule, SelectGrain, FloorRule, DemoteOrder>;
 class CudaRefresh : public ::testing::TestWithParam<Rules> {};
 
 TEST_P(CudaRefresh, SameAsTheHostAfterEveryStep) {
-  PolicyParams p = halving_policy(32, 4, 80);
+  PolicyParams p = halving_policy(16, 4, 40);
   std::tie(p.select, p.grain, p.floor_rule, p.order) = GetParam();
   label_by_layers(p, {1});
   p.demote_on_transition = 0;  // labels differ, the budget alone demotes
@@ -25,11 +26,23 @@ TEST_P(CudaRefresh, SameAsTheHostAfterEveryStep) {
   p.thought_format[1] = Format::kK4V4;
   p.thought_format[2] = Format::kK4V2;
   Twins twins(testing::geometry_of({.layers = 2, .kv_heads = 2, .group = 2}), p, 11);
-  for (uint32_t segment = 0; segment < 9; ++segment) {
+  for (uint32_t segment = 0; segment < 10; ++segment) {
     planted.percent[1] = segment * 37 % 100;
-    ASSERT_NO_FATAL_FAILURE(twins.run(32));
+    ASSERT_NO_FATAL_FAILURE(twins.run(16));
   }
-  EXPECT_GT(twins.device().counters.demotions, 10u);
+  EXPECT_GE(twins.device().counters.demotions, 10u);
+  const bool merges = p.floor_rule == FloorRule::kMerge;
+  EXPECT_EQ(twins.device().counters.merges > 0, merges);
+  EXPECT_EQ(twins.device().counters.over_budget_steps > 0, !merges);
+}
+
+std::string name_of(const ::testing::TestParamInfo<Rules>& info) {
+  const auto [select, grain, floor, order] = info.param;
+  const char* const selects[] = {"Medoids", "WeightedMedoids", "Attention", "Recent"};
+  return std::string(selects[static_cast<uint32_t>(select)]) +
+         (grain == SelectGrain::kLayer ? "ByLayer" : "ByHead") +
+         (floor == FloorRule::kMerge ? "Merge" : "Soft") +
+         (order == DemoteOrder::kOldest ? "Oldest" : "Importance");
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -38,7 +51,8 @@ INSTANTIATE_TEST_SUITE_P(
                                          SelectRule::kAttention, SelectRule::kRecent),
                        ::testing::Values(SelectGrain::kKvHead, SelectGrain::kLayer),
                        ::testing::Values(FloorRule::kSoft, FloorRule::kMerge),
-                       ::testing::Values(DemoteOrder::kImportance, DemoteOrder::kOldest)));
+                       ::testing::Values(DemoteOrder::kImportance, DemoteOrder::kOldest)),
+    name_of);
 
 TEST(CudaRefreshLabels, TransitionsTakeEverythingEarlierDown) {
   PolicyParams p = halving_policy(32, 4, 0);

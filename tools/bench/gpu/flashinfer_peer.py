@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def flashinfer_decode(name: str, case: Case, store: Store) -> list[Launch]:
     wrapper = plan(case, store.lengths, store.order(), fp8, name.endswith("-tc"))
     k, v = store.paged_fp8() if fp8 else store.paged()
     out = torch.empty_like(store.q)
-    return [lambda i=i: wrapper.run(store.q, (k[i], v[i]), out=out) for i in range(len(k))]
+    return [partial(wrapper.run, store.q, (k[i], v[i]), out=out) for i in range(len(k))]
 
 
 def variants(cases: list[Case]) -> list[tuple[str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -22,5 +24,5 @@ def flex_live(case: Case, store: Store) -> list[Launch]:
     mask = create_block_mask(live, case.batch, None, 1, case.tokens, device="cuda")
     query = store.q.view(case.batch, case.q_heads, 1, case.head_dim)
     k, v = store.contiguous()
-    return [lambda i=i: _compiled(query, k[i], v[i], block_mask=mask, enable_gqa=True)
+    return [partial(_compiled, query, k[i], v[i], block_mask=mask, enable_gqa=True)
             for i in range(store.copies)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, Structure, byref, c_float, c_uint8, c_uint32, c_uint64, c_void_p
+from functools import partial
 
 import torch
 
@@ -88,7 +89,7 @@ class Lanes:
             raise RuntimeError(f"{name}: the result is not finite")
 
     def launches(self) -> list[Launch]:
-        return [lambda i=i: self.launch(i) for i in range(self.copies)]
+        return [partial(self.launch, i) for i in range(self.copies)]
 
     def bytes(self) -> tuple[int, int]:
         """(live, touched) of one launch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Callable
 
 import torch
@@ -59,7 +60,7 @@ def best_sdpa(name: str, case: Case, store: Store) -> Attention:
 def sdpa(name: str, case: Case, store: Store) -> list[Launch]:
     attend = best_sdpa(name, case, store)
     k, v = store.contiguous()
-    return [lambda i=i: attend(k[i], v[i]) for i in range(store.copies)]
+    return [partial(attend, k[i], v[i]) for i in range(store.copies)]
 
 
 def gather_sdpa(case: Case, store: Store) -> list[Launch]:
@@ -74,4 +75,4 @@ def gather_sdpa(case: Case, store: Store) -> list[Launch]:
         dense = [x[i].index_select(0, rows).view(shape).transpose(1, 2) for x in (k, v)]
         return attend(dense[0], dense[1])
 
-    return [lambda i=i: launch(i) for i in range(store.copies)]
+    return [partial(launch, i) for i in range(store.copies)]

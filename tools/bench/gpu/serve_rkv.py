@@ -7,6 +7,8 @@ less what the rows forgive, and both come from one pass of tensor-core products 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -120,7 +122,7 @@ class RkvCache:
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             self.backend = backend
             try:
-                timed = capture([lambda i=i: self.attend(i, q) for i in range(4)])
+                timed = capture([partial(self.attend, i, q) for i in range(4)])
             except RuntimeError:
                 continue
             replay(timed, 2, 5)
@@ -159,7 +161,7 @@ class RkvCache:
 
     def compaction_ms(self) -> float:
         """Of all layers, once; a step bears a share of 1 / BUFFER."""
-        timed = capture([lambda i=i: self.compact(i) for i in range(self.shape.layers)],
+        timed = capture([partial(self.compact, i) for i in range(self.shape.layers)],
                         minimum=self.shape.layers)
         replay(timed, 1, 5)
         return timed.summary()[0] * timed.launches * 1e-3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from functools import partial
 
 import torch
 import triton
@@ -126,7 +127,7 @@ def tuned(case: Case, q: torch.Tensor, table: torch.Tensor, lengths: list[int],
 def triton_paged(case: Case, store: Store) -> list[Launch]:
     k, v = store.paged()
     decode = tuned(case, store.q, store.table(), store.lengths, (k, v))
-    return [lambda i=i: decode(store.q, k[i], v[i]) for i in range(store.copies)]
+    return [partial(decode, store.q, k[i], v[i]) for i in range(store.copies)]
 
 
 @triton.jit
@@ -160,4 +161,4 @@ def dequantise_sdpa(case: Case, store: Store) -> list[Launch]:
                                        num_warps=4)
         return attend(dense[0], dense[1])
 
-    return [lambda i=i: launch(i) for i in range(copies)]
+    return [partial(launch, i) for i in range(copies)]
