@@ -75,27 +75,38 @@ Status GpuBatch::make_memory() {
   THINKV_TRY(device(positions_, options_.capacity * sizeof(uint32_t)));
   THINKV_TRY(device(emit_, uint64_t{g.layers} * options_.capacity));
   THINKV_TRY(device(lane_begin_, uint64_t{g.layers} * (lanes_ + 1) * sizeof(uint32_t)));
-  THINKV_TRY(device(pages_, pages * sizeof(cuda::PageView)));
-  THINKV_TRY(device(score_rows_, pages * sizeof(uint16_t*)));
+  THINKV_TRY(device(sites_, uint64_t{g.layers} * lanes_ * sizeof(cuda::TokenSite)));
+  THINKV_TRY(device(pages_, g.layers * pages * sizeof(cuda::PageView)));
+  THINKV_TRY(device(score_rows_, g.layers * pages * sizeof(uint16_t*)));
   THINKV_TRY(device(sparsity_, uint64_t{g.layers} * lanes_ * sizeof(cuda::LaneSparsity)));
   THINKV_TRY(device(
       parts_, kernels.attend_part_floats(shape_, lanes_, g.group(), g.head_dim) * sizeof(float)));
   THINKV_ASSIGN_OR_RETURN(
       progress_, GpuMemory::make(gpu, Place::kPinnedHost, sizeof(cuda::Progress), "progress"));
+  view_memory(static_cast<uint32_t>(pages));
+  return clear_rows();
+}
+
+void GpuBatch::view_memory(uint32_t pages_max) {
   view_ = engine_->view();
   view_.roots = roots_.as<uint32_t>();
   view_.capacity = options_.capacity;
-  view_.pages_max = static_cast<uint32_t>(pages);
+  view_.pages_max = pages_max;
   view_.progress = progress_.as<cuda::Progress>();
   view_.positions = positions_.as<uint32_t>();
   view_.emit = emit_.as<uint8_t>();
   view_.lane_begin = lane_begin_.as<uint32_t>();
+  view_.sites = sites_.as<cuda::TokenSite>();
   view_.pages = pages_.as<cuda::PageView>();
   view_.score_rows = score_rows_.as<uint16_t*>();
   view_.sparsity = sparsity_.as<cuda::LaneSparsity>();
+}
+
+// No row has a sequence.
+Status GpuBatch::clear_rows() {
+  const cuda::Gpu& gpu = engine_->gpu();
   const cuda::ContextScope context(gpu);
   THINKV_TRY(context.status());
-  // No row has a sequence.
   THINKV_TRY(cuda::driver_status(
       gpu.driver(),
       gpu.driver().memset_d8_async(reinterpret_cast<cuda::DevicePointer>(view_.roots), 0xFF,
@@ -311,7 +322,7 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   const ModelGeometry& g = engine_->geometry();
   const bool emits_here = emission_ && (scored_ || traced_ || label_layers_[layer] != 0);
   cuda::AttendParams p{};
-  p.pages = view_.pages;
+  p.pages = view_.pages + size_t{layer} * view_.pages_max;
   p.lane_begin = view_.lane_begin + size_t{layer} * (lanes_ + 1);
   p.q = io.q;
   p.out = io.out;
@@ -330,7 +341,7 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   p.query_position = view_.positions;
   if (emits_here) {
     p.emit = view_.emit + size_t{layer} * options_.capacity;
-    p.score_rows = scored_ ? view_.score_rows : nullptr;
+    p.score_rows = scored_ ? view_.score_rows + size_t{layer} * view_.pages_max : nullptr;
     p.sparsity = view_.sparsity + size_t{layer} * lanes_;
     p.emit_scratch = emit_scratch_.as<void>();
     p.near_zero = near_zero_;

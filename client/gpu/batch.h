@@ -61,6 +61,8 @@ class GpuBatch {
  private:
   GpuBatch(GpuEngine& engine, const Options& options) : engine_(&engine), options_(options) {}
   [[nodiscard]] Status make_memory();
+  void view_memory(uint32_t pages_max);
+  [[nodiscard]] Status clear_rows();
   // Reads what the GPU reported.
   [[nodiscard]] Status poll();
   [[nodiscard]] Result<uint64_t> pages_of_steps(uint32_t steps);
@@ -90,7 +92,7 @@ class GpuBatch {
   std::optional<uint8_t> rotate_;
   float near_zero_ = 0.01f;
   uint8_t score_reduce_ = 0;
-  GpuMemory roots_, positions_, emit_, lane_begin_, pages_, score_rows_, sparsity_, parts_,
+  GpuMemory roots_, positions_, emit_, lane_begin_, sites_, pages_, score_rows_, sparsity_, parts_,
       emit_scratch_, progress_;
 
   uint64_t reserved_steps_ = 0;

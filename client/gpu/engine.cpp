@@ -79,7 +79,7 @@ GpuEngine::~GpuEngine() {
 
 cuda::BatchView GpuEngine::view() const {
   cuda::BatchView view{};
-  view.pool = {window_->base(), window_->extent_bytes()};
+  view.pool = {window_->base(), window_->extent_bytes(), window_->extents()};
   view.geometry = geometry_;
   view.lease = lease_.as<cuda::Lease>();
   return view;

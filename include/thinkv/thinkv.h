@@ -12,9 +12,9 @@
  *     batch).
  *     A closed handle answers THINKV_STALE; it is never a crash. Closing NULL does nothing.
  *     Closing a sequence cancels the step that it is in.
- *  6. Tensors are dense and row-major; the shape is given beside each parameter. On the host backend
- *     they lie in host memory; on the cuda backend in memory of the pool's GPU, and work on them
- *     goes to the model's stream. fp32 and the two 16-bit types are accepted as input; outputs are
+ *  6. Tensors are dense and row-major; the shape is given beside each parameter. On the host
+ *     backend they lie in host memory; on the cuda backend in memory of the pool's GPU, and work on
+ * them goes to the model's stream. fp32 and the two 16-bit types are accepted as input; outputs are
  *     fp32 on the host backend, any of the three on the cuda backend; lse is always fp32.
  *  7. Threads: a client and its models may be used from any thread. Calls on one sequence or one
  *     step must not overlap; different sequences may run on different threads.

@@ -7,9 +7,9 @@
 // is decided on the device.
 //
 // A step of a batch, in stream order:
-//   launch_begin                          positions, emission flags, page counts of all lanes
-//   for each layer: launch_append         rotate and store the token; list the layer's pages
-//                   launch_attend         (attention.h) over that list
+//   launch_begin                          positions, emission flags, the page lists of all layers
+//   for each layer: launch_append         rotate and store the token
+//                   launch_attend         (attention.h) over the layer's list
 //   launch_end                            full buffers are flushed; budget, labels, segments,
 //                                         survivors, slots and pages are freed; progress is told
 //
@@ -60,13 +60,22 @@ struct Progress {
   uint64_t steps;           // steps finished on this batch
 };
 
+// Where the token of a step goes in one lane: found by launch_begin for all layers at once, so that
+// launch_append, which runs once a layer, has one read before it writes.
+struct TokenSite {
+  uint64_t lane;  // address of the DeviceLane
+  uint64_t page;  // address of the buffer's page | kRotates | tokens in the buffer; 0: no sequence
+  static constexpr uint64_t kRotates = 16;
+  static constexpr uint64_t kTokens = 15;
+};
+
 // What all kernels of one model's batch share. Passed by value; all pointers are device pointers.
 struct BatchView {
   PoolView pool;
   ModelGeometry geometry;
   const uint32_t* roots;  // [capacity] root page of each sequence; PageId::kNoneRaw: no sequence
   uint32_t capacity;      // sequences, the rows of k, v, q and out
-  uint32_t pages_max;     // of the page list
+  uint32_t pages_max;     // of one layer's page list
   Lease* lease;
   Progress* progress;
 
@@ -74,8 +83,9 @@ struct BatchView {
   uint32_t* positions;     // [capacity] of this step's token
   uint8_t* emit;           // [layers, capacity] EmitFlags of attention.h
   uint32_t* lane_begin;    // [layers, capacity * kv_heads + 1]
-  PageView* pages;         // [pages_max] of one layer, used again by the next
-  uint16_t** score_rows;   // [pages_max]
+  TokenSite* sites;        // [layers, capacity * kv_heads]
+  PageView* pages;         // [layers, pages_max]
+  uint16_t** score_rows;   // [layers, pages_max]
   LaneSparsity* sparsity;  // [layers, capacity * kv_heads]
 };
 

@@ -288,23 +288,23 @@ void print_resources() {
 }  // namespace thinkv::gputest
 
 int main(int argc, char** argv) {
-  using namespace thinkv::gputest;
+  namespace gputest = thinkv::gputest;
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--resources") {
-    print_resources();
+    gputest::print_resources();
     return 0;
   }
   if (mode == "--one" && argc > 2) {
     const auto format = thinkv::format_from_name(argv[2]);
     if (!format) return 2;
-    const Bench b({32, 8, 128, 64, 4096, {*format}}, 132);
-    for (const Launch& launch : b.launches) launch(nullptr);
+    const gputest::Bench b({32, 8, 128, 64, 4096, {*format}}, 132);
+    for (const gputest::Launch& launch : b.launches) launch(nullptr);
     CUDA_OK(cudaDeviceSynchronize());
     return 0;
   }
-  const double stream = stream_gb_s();
+  const double stream = gputest::stream_gb_s();
   std::printf("{\"kernel\": \"stream-read\", \"gb_s\": %.0f}\n", stream);
-  for (const Case& c : goal_cases()) bench(c, stream);
+  for (const gputest::Case& c : gputest::goal_cases()) gputest::bench(c, stream);
   if (mode == "--quick") return 0;
-  for (const Case& c : other_cases()) bench(c, stream);
+  for (const gputest::Case& c : gputest::other_cases()) gputest::bench(c, stream);
 }

@@ -176,8 +176,9 @@ Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t tokens, boo
   b.view.positions = device_array<uint32_t>(capacity);
   b.view.emit = device_array<uint8_t>(uint64_t{g.layers} * capacity);
   b.view.lane_begin = device_array<uint32_t>(g.layers * (rows + 1));
-  b.view.pages = device_array<cuda::PageView>(b.view.pages_max);
-  b.view.score_rows = device_array<uint16_t*>(b.view.pages_max);
+  b.view.sites = device_array<cuda::TokenSite>(g.layers * rows);
+  b.view.pages = device_array<cuda::PageView>(uint64_t{g.layers} * b.view.pages_max);
+  b.view.score_rows = device_array<uint16_t*>(uint64_t{g.layers} * b.view.pages_max);
   b.view.sparsity = device_array<cuda::LaneSparsity>(g.layers * rows);
   b.k =
       device_array<uint16_t>(std::max<uint64_t>(rows, uint64_t{tokens} * g.kv_heads) * g.head_dim);

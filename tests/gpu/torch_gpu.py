@@ -13,8 +13,13 @@ import sys
 import time
 import unittest
 
+try:
+    import torch
+except ImportError:
+    print("skipped: this Python has no torch (THINKV_TORCH_PYTHON names another)")
+    sys.exit(77)
+
 import thinkv
-import torch
 from thinkvd_case import ThinkvdCase
 
 SHAPE = dict(layers=4, q_heads=8, kv_heads=2, head_dim=128, dtype="bfloat16")

@@ -86,8 +86,9 @@ class DevicePool {
         positions_(o.capacity),
         emit_(uint64_t{o.geometry.layers} * o.capacity),
         lane_begin_(uint64_t{o.geometry.layers} * (rows() + 1)),
-        pages_(o.list_pages),
-        score_rows_(o.list_pages),
+        sites_(uint64_t{o.geometry.lanes()} * o.capacity),
+        pages_(uint64_t{o.geometry.layers} * o.list_pages),
+        score_rows_(uint64_t{o.geometry.layers} * o.list_pages),
         sparsity_(uint64_t{o.geometry.layers} * rows()),
         transfer_(lease_pages_.size() + 1) {
     lease_[0] = {.count = 0,
@@ -118,6 +119,7 @@ class DevicePool {
             .positions = positions_.data(),
             .emit = emit_.data(),
             .lane_begin = lane_begin_.data(),
+            .sites = sites_.data(),
             .pages = pages_.data(),
             .score_rows = score_rows_.data(),
             .sparsity = sparsity_.data()};
@@ -179,6 +181,7 @@ class DevicePool {
   DeviceVector<uint32_t> positions_;
   DeviceVector<uint8_t> emit_;
   DeviceVector<uint32_t> lane_begin_;
+  DeviceVector<cuda::TokenSite> sites_;
   DeviceVector<cuda::PageView> pages_;
   DeviceVector<uint16_t*> score_rows_;
   DeviceVector<cuda::LaneSparsity> sparsity_;

@@ -140,6 +140,7 @@ void TwinBatch::plant_scores() {
 void TwinBatch::check_list(uint32_t layer) {
   const ModelGeometry& g = options_.geometry;
   const uint32_t* begin = pool_.lane_begin().data() + uint64_t{layer} * (pool_.rows() + 1);
+  const uint64_t list = uint64_t{layer} * pool_.options().list_pages;
   expect(begin[0] == 0, "the list starts at 0");
   for (uint32_t row = 0; row < pool_.rows(); ++row) {
     const Twin* t = twins_[row / g.kv_heads].get();
@@ -161,10 +162,11 @@ void TwinBatch::check_list(uint32_t layer) {
       const uint64_t format = buffer ? static_cast<uint64_t>(reader.wide()) : d->format;
       const uint32_t left = lane.buffer_count - 8 * b;
       const uint64_t live = !buffer ? d->live : left >= 8 ? 0xFFu : (1u << left) - 1;
-      const cuda::PageView& entry = pool_.list()[begin[row] + i];
+      const cuda::PageView& entry = pool_.list()[list + begin[row] + i];
       expect(entry.tagged == (page | format) && entry.live == live, "an entry of the list");
       const uint16_t* scores = buffer ? lane.buffer_score + 8 * b : reader.scores(lane, i);
-      expect(pool_.score_rows()[begin[row] + i] == (reader.header().scored != 0 ? scores : nullptr),
+      expect(pool_.score_rows()[list + begin[row] + i] ==
+                 (reader.header().scored != 0 ? scores : nullptr),
              "a row of scores in the list");
     }
   }

@@ -70,6 +70,7 @@ inline const kernels::KernelSet& planted_kernels() {
 class DeviceBatch {
  public:
   static constexpr uint64_t kExtentBytes = uint64_t{1} << 18;
+  static constexpr uint32_t kListPages = 4096;  // of a layer
 
   DeviceBatch(const ModelGeometry& g, uint32_t capacity, uint32_t pool_pages)
       : per_extent_(static_cast<uint32_t>(kExtentBytes / page_bytes(g.head_dim))),
@@ -80,8 +81,9 @@ class DeviceBatch {
         positions_(capacity),
         emit_(size_t{g.layers} * capacity),
         lane_begin_(size_t{g.layers} * (capacity * g.kv_heads + 1)),
-        pages_(4096),
-        score_rows_(4096),
+        sites_(size_t{g.lanes()} * capacity),
+        pages_(size_t{g.layers} * kListPages),
+        score_rows_(size_t{g.layers} * kListPages),
         sparsity_(size_t{g.lanes()} * capacity) {
     std::memset(memory_.get(), 0xFF, extents_ * kExtentBytes);
     for (uint32_t i = 0; i < lease_pages.size(); ++i) {
@@ -93,12 +95,13 @@ class DeviceBatch {
             .geometry = g,
             .roots = roots.data(),
             .capacity = capacity,
-            .pages_max = static_cast<uint32_t>(pages_.size()),
+            .pages_max = kListPages,
             .lease = &lease,
             .progress = &progress,
             .positions = positions_.data(),
             .emit = emit_.data(),
             .lane_begin = lane_begin_.data(),
+            .sites = sites_.data(),
             .pages = pages_.data(),
             .score_rows = score_rows_.data(),
             .sparsity = sparsity_.data()};
@@ -143,6 +146,7 @@ class DeviceBatch {
   std::vector<uint32_t> positions_;
   std::vector<uint8_t> emit_;
   std::vector<uint32_t> lane_begin_;
+  std::vector<cuda::TokenSite> sites_;
   std::vector<cuda::PageView> pages_;
   std::vector<uint16_t*> score_rows_;
   std::vector<cuda::LaneSparsity> sparsity_;

@@ -44,8 +44,9 @@ void expect_right(AttendCase c, uint64_t seed) {
                           << " sparsity " << worst.sparsity;
 }
 
-[[nodiscard]] cuda::AttendShape small_shape(uint32_t head_dim, uint32_t ctas) {
-  cuda::AttendShape shape = cuda::attend_shape(132, 1, head_dim);
+// `lanes`: what the shape is chosen for.
+[[nodiscard]] cuda::AttendShape small_shape(uint32_t head_dim, uint32_t ctas, uint32_t lanes = 1) {
+  cuda::AttendShape shape = cuda::attend_shape(132, lanes, head_dim);
   shape.ctas = ctas;
   return shape;
 }
@@ -98,8 +99,10 @@ TEST_P(CudaAttend, LanesCutBetweenWarpsAndCtas) {
     AttendCase c{.head_dim = GetParam(), .group = 3, .formats = {Format::kK4V4, Format::kK2V2}};
     c.lengths = {2500, 10, 0, 0, 700, 1};
     c.rotate = rotate;
-    c.shape = small_shape(c.head_dim, 3);
-    expect_right(c, 5);
+    for (const uint32_t lanes : {1u, 4096u}) {
+      c.shape = small_shape(c.head_dim, 3, lanes);
+      expect_right(c, 5);
+    }
   }
 }
 

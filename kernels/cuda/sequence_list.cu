@@ -1,0 +1,290 @@
+// sequence_list.cu: the beginning of a step: what each lane will have once this step's token is in
+// its buffer, where that token goes, and the lists of pages that attention reads.
+//
+// Tables change at the end of a step only, so the lists of all layers are made here at once, with
+// all the parallelism that there is. Three launches: a thread a lane finds and counts, a block a
+// layer adds up, a warp a lane lists.
+#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/step.cuh"
+
+namespace thinkv::cuda {
+namespace {
+
+constexpr uint32_t kFindThreads = 128;
+constexpr uint32_t kScanThreads = 1024;
+constexpr uint32_t kListWarps = 4;  // of a block
+
+// ---- find and count ----
+
+struct StepFlags {
+  bool closing;
+  bool emitting;
+};
+
+__device__ StepFlags flags_of(const BatchView& view, DeviceSequence* sequence) {
+  const policy::Segment* open = open_segment(view, sequence);
+  const PolicyParams& p = sequence->policy;
+  const uint32_t every = p.score_every == 0 ? 1 : p.score_every;
+  return {open != nullptr && sequence->tokens + 1 - open->start >= p.segment_tokens,
+          sequence->scored != 0 && sequence->counters.steps % every == 0};
+}
+
+__device__ bool is_label_layer(const PolicyParams& policy, uint32_t layer) {
+  for (uint32_t i = 0; i < kLabelLayersMax; ++i) {
+    if (i < policy.label_layer_count && policy.label_layers[i] == layer) return true;
+  }
+  return false;
+}
+
+// One row of the batch in one layer; the first layer's block also notes it in the sequence.
+__device__ void begin_row(const BatchView& view, uint32_t row, uint32_t layer) {
+  DeviceSequence* sequence = sequence_at(view, view.roots[row]);
+  uint8_t emit = 0;
+  uint32_t position = 0;
+  if (sequence != nullptr) {
+    position = sequence->tokens;
+    const StepFlags flags = flags_of(view, sequence);
+    if (flags.emitting) emit |= kEmitScores;
+    if (sequence->trace_sparsity != 0 ||
+        (flags.closing && is_label_layer(sequence->policy, layer))) {
+      emit |= kEmitSparsity;
+    }
+    if (layer == 0) {
+      const LaneView first = lane_view(view, sequence, 0);
+      const bool full = first.lane != nullptr && first.lane->buffer_count + 1 >= kBufferTokens;
+      sequence->closing = flags.closing ? 1 : 0;
+      sequence->emitting = flags.emitting ? 1 : 0;
+      sequence->flushing = flags.closing || full ? 1 : 0;
+    }
+  }
+  view.emit[uint64_t{layer} * view.capacity + row] = emit;
+  if (layer == 0) view.positions[row] = position;
+}
+
+// Notes where the token of this step goes. Result: entries of the lane in the list once it is
+// there.
+__device__ uint32_t find_lane(const BatchView& view, const LaneView& lane, TokenSite& site) {
+  site = {0, 0};
+  if (lane.lane == nullptr) return 0;
+  const uint32_t count = lane.lane->buffer_count;
+  if (count >= kBufferTokens) {
+    raise_fault(view.lease, kBadMetadata);
+    return lane.lane->pages + buffer_pages(kBufferTokens);
+  }
+  const auto* page = page_at(view, lane.lane->buffer_page[count / kBufferPageSlots]);
+  const uint64_t rotates = lane.sequence->policy.rotate != 0 ? TokenSite::kRotates : 0;
+  if (page != nullptr) {
+    site = {reinterpret_cast<uint64_t>(lane.lane),
+            reinterpret_cast<uint64_t>(page) | rotates | count};
+  }
+  return lane.lane->pages + buffer_pages(count + 1);
+}
+
+// A thread a lane; the count goes where the scan puts the sum of those before it.
+__global__ void __launch_bounds__(kFindThreads)
+    find_kernel(const __grid_constant__ BatchView view) {
+  wait_for_previous();
+  const uint32_t heads = view.geometry.kv_heads, rows = view.capacity * heads;
+  const uint32_t index = blockIdx.x * kFindThreads + threadIdx.x;
+  const uint32_t layer = index / rows, row = index % rows;
+  if (layer >= view.geometry.layers) return;
+  if (row % heads == 0) begin_row(view, row / heads, layer);
+  const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
+  view.lane_begin[uint64_t{layer} * (rows + 1) + row] = find_lane(view, lane, view.sites[index]);
+}
+
+// The sum of all earlier threads' values, and the total.
+struct BlockScan {
+  uint32_t before;
+  uint32_t total;
+};
+__device__ BlockScan block_scan(uint32_t value, uint32_t (&warp_sums)[32]) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t sum = value;
+  for (uint32_t x = 1; x < 32; x *= 2) {
+    const uint32_t left = __shfl_up_sync(kAllLanes, sum, x);
+    if (lane >= x) sum += left;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  uint32_t warps = lane < blockDim.x / 32 ? warp_sums[lane] : 0;
+  for (uint32_t x = 1; x < 32; x *= 2) {
+    const uint32_t left = __shfl_up_sync(kAllLanes, warps, x);
+    if (lane >= x) warps += left;
+  }
+  const uint32_t below = __shfl_sync(kAllLanes, warps, warp == 0 ? 0 : warp - 1);
+  const uint32_t total = __shfl_sync(kAllLanes, warps, 31);
+  __syncthreads();  // the sums are read before the next round writes them
+  return {(warp == 0 ? 0 : below) + sum - value, total};
+}
+
+// A block a layer.
+__global__ void __launch_bounds__(kScanThreads)
+    scan_kernel(const __grid_constant__ BatchView view) {
+  __shared__ uint32_t warp_sums[32];
+  wait_for_previous();
+  const uint32_t rows = view.capacity * view.geometry.kv_heads;
+  uint32_t* begin = view.lane_begin + uint64_t{blockIdx.x} * (rows + 1);
+  uint32_t done = 0;
+  for (uint32_t base = 0; base < rows; base += blockDim.x) {
+    const uint32_t row = base + threadIdx.x;
+    const BlockScan scan = block_scan(row < rows ? begin[row] : 0, warp_sums);
+    if (row < rows) begin[row] = min(done + scan.before, view.pages_max);
+    done += scan.total;
+  }
+  if (threadIdx.x != 0) return;
+  begin[rows] = min(done, view.pages_max);
+  if (done > view.pages_max) raise_fault(view.lease, kListFull);
+}
+
+// ---- the lists ----
+
+// The run of the page list that belongs to a lane.
+struct ListRun {
+  PageView* pages;
+  uint16_t** score_rows;
+  uint32_t room;
+};
+
+__device__ __forceinline__ ListRun list_run(const BatchView& view, uint32_t layer, uint32_t row) {
+  const uint32_t lanes = view.capacity * view.geometry.kv_heads;
+  const uint32_t* begin = view.lane_begin + uint64_t{layer} * (lanes + 1) + row;
+  const uint32_t first = begin[0], end = begin[1];
+  const uint64_t at = uint64_t{layer} * view.pages_max + first;
+  return {view.pages + at, view.score_rows + at, end > first ? end - first : 0};
+}
+
+[[nodiscard]] __device__ __forceinline__ PageView nothing(const BatchView& view) {
+  return {0, view.pool.base | static_cast<uint64_t>(Format::kF16)};
+}
+
+// The half of a descriptor that the list is made from, in one read.
+struct ListedPage {
+  uint64_t live;
+  uint32_t page;
+  uint32_t format;
+};
+[[nodiscard]] __device__ __forceinline__ ListedPage read_listed(const DeviceDescriptor* d) {
+  static_assert(offsetof(DeviceDescriptor, page) == 8 && offsetof(DeviceDescriptor, format) == 12);
+  const uint4 raw = *reinterpret_cast<const uint4*>(d);
+  return {raw.x | uint64_t{raw.y} << 32, raw.z, raw.w & 0xFFu};
+}
+
+// The descriptors of the lane. kScored: the policy's scores lie beside them.
+template <int kDim, bool kScored>
+__device__ __forceinline__ void list_table_of(const LaneView& lane, const ListRun& run) {
+  constexpr uint32_t kPerTable = descriptors_per_page(kDim, kScored);
+  const BatchView& view = *lane.batch;
+  const uint32_t pages = min(lane.lane->pages, run.room);
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x % 32; i < pages; i += 32) {
+    auto* table =
+        reinterpret_cast<const DeviceDescriptor*>(page_at(view, lane.lane->table[i / kPerTable]));
+    PageView entry = nothing(view);
+    uint16_t* scores = nullptr;
+    if (table != nullptr) {
+      const ListedPage d = read_listed(table + i % kPerTable);
+      const unsigned char* page = page_at(view, d.page);
+      if (page != nullptr && format_valid(static_cast<uint8_t>(d.format))) {
+        entry.live = d.live & low_slots(slot_shape(kDim, d.format).slots);
+        entry.tagged = reinterpret_cast<uint64_t>(page) | d.format;
+      } else {
+        raise_fault(view.lease, kBadMetadata);
+      }
+      if constexpr (kScored) {
+        auto* rows = reinterpret_cast<const uint16_t*>(table + kPerTable);
+        scores = const_cast<uint16_t*>(rows) + i % kPerTable * kSlotsPerPageMax;
+      }
+    }
+    run.pages[i] = entry;
+    run.score_rows[i] = scores;
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void list_table(const LaneView& lane, const ListRun& run) {
+  if (lane.scored) {
+    list_table_of<kDim, true>(lane, run);
+  } else {
+    list_table_of<kDim, false>(lane, run);
+  }
+}
+
+// The pages of the buffer, and empty entries where the list has room that the lane does not use.
+__device__ __forceinline__ void list_buffer(const LaneView& lane, const ListRun& run,
+                                            uint32_t count) {
+  const BatchView& view = *lane.batch;
+  for (uint32_t i = lane.lane->pages + threadIdx.x % 32; i < run.room; i += 32) {
+    const uint32_t b = i - lane.lane->pages;
+    PageView entry = nothing(view);
+    uint16_t* scores = nullptr;
+    if (b < buffer_pages(count)) {
+      const unsigned char* page = page_at(view, lane.lane->buffer_page[b]);
+      if (page != nullptr) {
+        entry.live = low_slots(min(count - b * kBufferPageSlots, kBufferPageSlots));
+        entry.tagged = reinterpret_cast<uint64_t>(page) | static_cast<uint64_t>(wide_format(view));
+        if (lane.scored) scores = lane.lane->buffer_score + b * kBufferPageSlots;
+      }
+    }
+    run.pages[i] = entry;
+    run.score_rows[i] = scores;
+  }
+}
+
+__device__ __forceinline__ void list_nothing(const BatchView& view, const ListRun& run) {
+  for (uint32_t i = threadIdx.x % 32; i < run.room; i += 32) {
+    run.pages[i] = nothing(view);
+    run.score_rows[i] = nullptr;
+  }
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kListWarps * 32)
+    list_kernel(const __grid_constant__ BatchView view) {
+  wait_for_previous();
+  const uint32_t heads = view.geometry.kv_heads, rows = view.capacity * heads;
+  const uint32_t warp = blockIdx.x * kListWarps + threadIdx.x / 32;
+  const uint32_t layer = warp / rows, row = warp % rows;
+  if (layer >= view.geometry.layers) return;
+  const ListRun run = list_run(view, layer, row);
+  if (run.room == 0) return;
+  const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
+  if (lane.lane == nullptr) return list_nothing(view, run);
+  list_buffer(lane, run, lane.lane->buffer_count + 1);
+  list_table<kDim>(lane, run);
+}
+
+}  // namespace
+
+cudaError_t launch_begin(const BatchView& view, cudaStream_t stream) {
+  const uint32_t lanes = view.capacity * view.geometry.lanes();
+  const uint32_t rows = view.capacity * view.geometry.kv_heads;
+  cudaError_t error = launch(find_kernel,
+                             {.blocks = (lanes + kFindThreads - 1) / kFindThreads,
+                              .threads = kFindThreads,
+                              .overlaps_previous = true},
+                             stream, view);
+  if (error != cudaSuccess) return error;
+  error = launch(scan_kernel,
+                 {.blocks = view.geometry.layers,
+                  .threads = rows < kScanThreads ? (rows + 31) / 32 * 32 : kScanThreads,
+                  .overlaps_previous = true},
+                 stream, view);
+  if (error != cudaSuccess) return error;
+  const LaunchSize size{.blocks = (lanes + kListWarps - 1) / kListWarps,
+                        .threads = kListWarps * 32,
+                        .overlaps_previous = true};
+  switch (view.geometry.head_dim) {
+    case 64:
+      return launch(list_kernel<64>, size, stream, view);
+    case 128:
+      return launch(list_kernel<128>, size, stream, view);
+    case 256:
+      return launch(list_kernel<256>, size, stream, view);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace thinkv::cuda
