@@ -132,17 +132,17 @@ static_assert(std::is_trivially_copyable_v<DeviceLane> &&
 
 // How many of each fit a page.
 [[nodiscard]] constexpr uint32_t lanes_per_page(uint32_t head_dim) {
-  return page_bytes(head_dim) / sizeof(DeviceLane);
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(DeviceLane));
 }
 [[nodiscard]] constexpr uint32_t lane_pages_max(uint32_t head_dim) {
   return (page_bytes(head_dim) - static_cast<uint32_t>(sizeof(DeviceSequence))) /
          static_cast<uint32_t>(sizeof(uint32_t));
 }
 [[nodiscard]] constexpr uint32_t segments_per_page(uint32_t head_dim) {
-  return page_bytes(head_dim) / sizeof(policy::Segment);
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(policy::Segment));
 }
 [[nodiscard]] constexpr uint32_t demotions_per_page(uint32_t head_dim) {
-  return page_bytes(head_dim) / sizeof(Demotion);
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(Demotion));
 }
 [[nodiscard]] constexpr uint32_t score_row_bytes() {
   return kSlotsPerPageMax * sizeof(uint16_t);
