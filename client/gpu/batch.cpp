@@ -66,7 +66,8 @@ Status GpuBatch::make_memory() {
   if (pages > 0xFFFF'FFFFu) return make_error(kInvalidArgument, "tokens_max is too large");
   softmax_scale_ =
       g.softmax_scale > 0.0f ? g.softmax_scale : 1.0f / std::sqrt(static_cast<float>(g.head_dim));
-  shape_ = kernels.attend_shape(engine_->multiprocessors(), lanes_, g.head_dim);
+  // The larger of the two shapes: use_policy() chooses.
+  shape_ = kernels.attend_shape(engine_->multiprocessors(), lanes_, g.head_dim, true);
   const auto device = [&](GpuMemory& memory, uint64_t bytes) -> Status {
     THINKV_ASSIGN_OR_RETURN(memory, GpuMemory::make(gpu, Place::kDevice, bytes, "a batch"));
     return {};
@@ -132,6 +133,12 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
     return make_error(kInvalidArgument, "the policies of one batch must agree in rotation");
   }
   THINKV_TRY(use_emission(sequence));
+  if (!rotate_) {
+    const Format usual = sequence.policy().thought_format[0];
+    shape_ = engine_->kernels().attend_shape(engine_->multiprocessors(), lanes_,
+                                             engine_->geometry().head_dim,
+                                             format_info(usual).v.bits == 2);
+  }
   rotate_ = rotate;
   return {};
 }

@@ -37,7 +37,8 @@ struct KernelTable {
   int (*end)(const cuda::BatchView&, StreamHandle);
   int (*attend)(const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle);
 
-  cuda::AttendShape (*attend_shape)(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim);
+  cuda::AttendShape (*attend_shape)(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
+                                    bool two_bits);
   uint64_t (*attend_part_floats)(const cuda::AttendShape&, uint32_t lanes, uint32_t group,
                                  uint32_t head_dim);
   uint64_t (*emit_scratch_bytes)(uint64_t pages, uint32_t group);

@@ -9,11 +9,14 @@
 
 namespace thinkv::cuda {
 
-AttendShape attend_shape(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim) {
-  // Few lanes: every warp more is another start and another part of a cut lane. Many: more warps
-  // hide more latency, most in the 2-bit formats.
+AttendShape attend_shape(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
+                         bool two_bits) {
+  // Every warp more is another start and another part of a cut lane. It pays where there is much to
+  // compute for a byte and many lanes to share (H200, 128 x 4096: k2v2 103 us with 12 warps, 111
+  // with 8; k4v4 158 and 153).
   constexpr uint32_t kManyLanes = 512;
-  const uint32_t warps = head_dim == 64 ? 16 : head_dim == 256 || lanes < kManyLanes ? 8 : 12;
+  const bool more = two_bits && lanes >= kManyLanes;
+  const uint32_t warps = head_dim == 64 ? 16 : head_dim == 128 && more ? 12 : 8;
   return {multiprocessors, warps};
 }
 

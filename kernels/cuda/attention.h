@@ -74,7 +74,9 @@ struct AttendShape {
   uint32_t warps = 0;  // of a block
 };
 // Result: the shape for a batch of `lanes` lanes on a GPU of `multiprocessors`.
-[[nodiscard]] AttendShape attend_shape(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim);
+// two_bits: most tokens are in formats with 2-bit codes; it makes no difference to the results.
+[[nodiscard]] AttendShape attend_shape(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
+                                       bool two_bits);
 
 [[nodiscard]] uint64_t attend_part_floats(const AttendShape& shape, uint32_t lanes, uint32_t group,
                                           uint32_t head_dim);

@@ -93,7 +93,10 @@ struct Case {
   [[nodiscard]] uint32_t lanes() const { return kv_heads * batch; }
   [[nodiscard]] uint32_t group() const { return q_heads / kv_heads; }
   [[nodiscard]] cuda::AttendShape shape(uint32_t multiprocessors) const {
-    cuda::AttendShape s = cuda::attend_shape(multiprocessors, lanes(), head_dim);
+    const auto twos = std::count_if(formats.begin(), formats.end(),
+                                    [](Format f) { return format_info(f).v.bits == 2; });
+    const bool two_bits = 2 * static_cast<size_t>(twos) > formats.size();
+    cuda::AttendShape s = cuda::attend_shape(multiprocessors, lanes(), head_dim, two_bits);
     if (warps != 0) s.warps = warps;
     return s;
   }

@@ -29,7 +29,7 @@ std::vector<std::vector<Format>> format_sets() {
 const std::vector<uint32_t> kLengths = {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 700, 4096, 0};
 
 cuda::AttendShape shape_for(const AttendCase& c) {
-  return cuda::attend_shape(132, c.lanes(), c.head_dim);
+  return cuda::attend_shape(132, c.lanes(), c.head_dim, c.lanes() % 2 == 0);
 }
 
 std::vector<AttendCase> all_cases() {

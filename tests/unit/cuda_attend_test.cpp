@@ -46,7 +46,7 @@ void expect_right(AttendCase c, uint64_t seed) {
 
 // `lanes`: what the shape is chosen for.
 [[nodiscard]] cuda::AttendShape small_shape(uint32_t head_dim, uint32_t ctas, uint32_t lanes = 1) {
-  cuda::AttendShape shape = cuda::attend_shape(132, lanes, head_dim);
+  cuda::AttendShape shape = cuda::attend_shape(132, lanes, head_dim, lanes % 2 == 0);
   shape.ctas = ctas;
   return shape;
 }

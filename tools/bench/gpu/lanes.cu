@@ -95,6 +95,7 @@ class Lanes {
     std::vector<uint8_t> formats(pages_);
     for (size_t i = 0; i < pages_; ++i) {
       formats[order[i]] = static_cast<uint8_t>(host.pages[i].format);
+      if (format_info(host.pages[i].format).v.bits == 2) ++two_bit_pages_;
     }
     std::vector<FillLayout> layouts(kFormatCount);
     for (uint32_t f = 1; f < kFormatCount; ++f) {
@@ -132,7 +133,8 @@ class Lanes {
         !done(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))) {
       return false;
     }
-    shape_ = cuda::attend_shape(static_cast<uint32_t>(processors), params_.lanes, c.head_dim);
+    shape_ = cuda::attend_shape(static_cast<uint32_t>(processors), params_.lanes, c.head_dim,
+                                2 * two_bit_pages_ > pages_);
     const uint64_t floats = cuda::attend_part_floats(shape_, params_.lanes, c.group, c.head_dim);
     if (!parts_.reserve(floats * sizeof(float))) return false;
     params_.parts = parts_.as<float>();
@@ -166,7 +168,7 @@ class Lanes {
 
   cuda::AttendParams params_{};
   cuda::AttendShape shape_{};
-  uint64_t copies_, pages_ = 0, live_bytes_ = 0, touched_bytes_ = 0;
+  uint64_t copies_, pages_ = 0, two_bit_pages_ = 0, live_bytes_ = 0, touched_bytes_ = 0;
   Memory pool_, views_, begin_, parts_, scores_, rows_, flags_, sparsity_, emit_scratch_;
 };
 
