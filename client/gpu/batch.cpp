@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "client/error_text.h"
+#include "kernels/cuda/device_format.h"
 #include "thinkv/internal/limits.h"
 
 namespace thinkv::client {
@@ -15,7 +16,6 @@ using Place = GpuMemory::Place;
 constexpr uint32_t kTokensMaxDefault = 8192;
 constexpr uint32_t kTokensPerPage = 32;  // of 4-bit pages
 constexpr uint32_t kSparePages = 8;      // of a lane: buffer, partly filled pages of other formats
-constexpr uint32_t kFlushTokens = 16;
 
 // One word of what the GPU writes while we read.
 uint64_t load(const uint64_t& word) {
@@ -25,12 +25,8 @@ uint32_t load(const uint32_t& word) {
   return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
 }
 
-bool scores(const PolicyParams& policy) {
-  return policy.evict == EvictRule::kTbe &&
-         (policy.select == SelectRule::kAttention || policy.select == SelectRule::kWeightedMedoids);
-}
 bool emits(const PolicyParams& policy) {
-  return scores(policy) || policy.label_layer_count > 0;
+  return cuda::keeps_scores(policy) || policy.label_layer_count > 0;
 }
 
 const char* fault_text(uint32_t faults) {
@@ -146,7 +142,8 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
 Status GpuBatch::use_emission(const GpuSequence& sequence) {
   const PolicyParams& policy = sequence.policy();
   if (!emits(policy) && !sequence.traced()) return {};
-  const bool more = !emission_ || (scores(policy) && !scored_) || (sequence.traced() && !traced_);
+  const bool more =
+      !emission_ || (cuda::keeps_scores(policy) && !scored_) || (sequence.traced() && !traced_);
   if (more && launched_) {
     return make_error(kInvalidArgument,
                       "this batch's steps were launched without measuring attention as this "
@@ -166,7 +163,7 @@ Status GpuBatch::use_emission(const GpuSequence& sequence) {
     return make_error(kInvalidArgument,
                       "the policies of one batch must agree in near_zero and scores.reduce");
   }
-  scored_ = scored_ || scores(policy);
+  scored_ = scored_ || cuda::keeps_scores(policy);
   traced_ = traced_ || sequence.traced();
   for (uint32_t i = 0; i < policy.label_layer_count; ++i) label_layers_[policy.label_layers[i]] = 1;
   return {};
@@ -224,11 +221,10 @@ Status GpuBatch::poll() {
     known = true;
   }
   if (known) engine_->report(load(progress.used_total), promised);
-  const auto behind =
-      static_cast<uint32_t>(std::min<uint64_t>(reserved_steps_ - steps, limits::kTokensMax));
-  const uint32_t bound = load(progress.lane_pages_max) + 2 * (behind / kFlushTokens + 1);
+  if (steps < reserved_steps_) return {};  // the steps under way can still add pages
+  const uint32_t bound = load(progress.lane_pages_max) + GpuSequence::kLanePagesPerFlush;
   for (GpuSequence* sequence : rows_) {
-    if (sequence != nullptr && behind == 0) sequence->bound_lane_pages(bound);
+    if (sequence != nullptr) sequence->bound_lane_pages(bound);
   }
   return {};
 }

@@ -10,10 +10,8 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
-#include <vector>
 
 #include "client/gpu/kernel_table.h"
 #include "client/gpu/memory.h"
@@ -94,7 +92,6 @@ class GpuEngine {
   mutable std::recursive_mutex mutex_;  // a batch holds it over several calls
   StreamHandle stream_ = nullptr;
   std::unique_ptr<LeaseSource> source_;
-  std::vector<PageId> taken_;
   GpuMemory lease_;    // cuda::Lease
   GpuMemory stack_;    // its pages
   GpuMemory staging_;  // pinned: page ids on their way to and from the device
