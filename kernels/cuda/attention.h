@@ -27,6 +27,14 @@ struct PageView {
 };
 static_assert(sizeof(PageView) == 16 && kFormatCount <= 16);
 
+// The order in which a lane's pages are best listed. Any order is right, but from one format to the
+// next a warp changes what it holds of the lane, and between 16 bits and codes it reads q anew. The
+// buffer, 16 bits, ends a list.
+[[nodiscard]] constexpr uint32_t list_rank(Format format) {
+  const auto raw = static_cast<uint32_t>(format);
+  return is_16bit(format) ? raw + kFormatCount : raw;
+}
+
 // As kernels::SparsityCount.
 struct LaneSparsity {
   uint32_t live;

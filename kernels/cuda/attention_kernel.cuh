@@ -124,6 +124,7 @@ __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stre
       lane_end = p.lane_begin[lane_index + 1];
     }
     const uint32_t stop = min(lane_end, end);
+    if (stop < end) prefetch_query<kHeadDim>(p, lane_index + 1);
     begin_lane(s);
     attend_run<kExtra>(s, p, stream, lane_index, i, stop);
     finish_lane(s);

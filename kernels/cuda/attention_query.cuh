@@ -121,6 +121,15 @@ __device__ __forceinline__ void load_query(LaneState<kHeadDim, kN>& s, const Att
   }
 }
 
+// Asks for the q of a lane that comes soon, so that load_query() need not wait for it.
+template <int kHeadDim>
+__device__ __forceinline__ void prefetch_query(const AttendParams& p, uint32_t lane_index) {
+  constexpr uint32_t kLine = 128;
+  const uint32_t bytes = p.group * kHeadDim * element_bytes(p.q_element);
+  const auto* row = static_cast<const unsigned char*>(p.q) + uint64_t{lane_index} * bytes;
+  for (uint32_t at = threadIdx.x % 32 * kLine; at < bytes; at += 32 * kLine) prefetch_l1(row + at);
+}
+
 // Makes the state fit the next page's format. Among the fp16 forms q changes by powers of two;
 // bf16 rounds otherwise, so q comes anew from memory.
 template <int kHeadDim, int kN>

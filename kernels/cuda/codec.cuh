@@ -12,7 +12,7 @@
 #include "kernels/codec_rule.h"
 #include "kernels/cuda/codec_groups.cuh"
 #include "kernels/cuda/codec_uniform.cuh"
-#include "thinkv/internal/small_float.h"
+#include "kernels/cuda/rows.cuh"
 
 namespace thinkv::cuda {
 
@@ -23,10 +23,7 @@ __device__ __forceinline__ void encode_vector(const float (&x)[kDim / 8], Format
   const VectorCoding coding = coding_of<kIsK>(format);
   if (coding.bits == 16) {
     uint32_t raw[kDim / 8];
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      raw[i] = coding.coding == Coding::kHalf ? fp16_from_float(x[i]) : bf16_from_float(x[i]);
-    }
+    to_16_bits(raw, x, coding.coding == Coding::kBfloat);
     if (active) put_halves<kDim, kIsK>(to.codes, to.slot, raw);
     return;
   }
@@ -50,11 +47,7 @@ __device__ __forceinline__ void decode_vector(float (&x)[kDim / 8], Format forma
   if (coding.bits == 16) {
     uint32_t raw[kDim / 8];
     get_halves<kDim, kIsK>(from.codes, from.slot, raw);
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      const auto half = static_cast<uint16_t>(raw[i]);
-      x[i] = coding.coding == Coding::kHalf ? fp16_to_float(half) : bf16_to_float(half);
-    }
+    from_16_bits(x, raw, coding.coding == Coding::kBfloat);
     return;
   }
   if (coding.coding == Coding::kE2m1) return codec_detail::decode_groups<kDim, 4, kIsK>(x, from);

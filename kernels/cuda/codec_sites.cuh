@@ -144,22 +144,33 @@ __device__ __forceinline__ void put_k_words(unsigned char* section, uint32_t slo
   }
 }
 
-// V of a slot whose neighbour in the words, where it comes after it, holds nothing yet: whole words
-// are written, because 2-byte stores into many sectors cost several times as much.
+// The words of V that a slot shares with the one before it. Read early: they come from memory.
 template <int kDim>
-__device__ __forceinline__ void put_v_words_in_order(unsigned char* section, uint32_t slot,
-                                                     const uint32_t (&raw)[kDim / 8]) {
-  const bool odd = halves_side<false>(slot) != 0;
+__device__ __forceinline__ void get_v_words(const unsigned char* section, uint32_t slot,
+                                            uint4 (&words)[kDim / 32]) {
 #pragma unroll
   for (int block = 0; block < kDim / 32; ++block) {
-    auto* word =
-        reinterpret_cast<uint4*>(section + halves_word<false>(slot) + block * kHalvesBlockBytes);
-    const uint4 before = odd ? *word : make_uint4(0, 0, 0, 0);
-    const uint32_t shift = odd ? 16 : 0;
-    *word = make_uint4((before.x & 0xFFFFu) | raw[4 * block] << shift,
-                       (before.y & 0xFFFFu) | raw[4 * block + 1] << shift,
-                       (before.z & 0xFFFFu) | raw[4 * block + 2] << shift,
-                       (before.w & 0xFFFFu) | raw[4 * block + 3] << shift);
+    words[block] = *reinterpret_cast<const uint4*>(section + halves_word<false>(slot) +
+                                                   block * kHalvesBlockBytes);
+  }
+}
+// V of a slot whose neighbour in the words, where it comes after it, holds nothing yet: whole words
+// are written, because 2-byte stores into many sectors cost several times as much. `words`: what is
+// there, of a slot that comes after its neighbour.
+template <int kDim>
+__device__ __forceinline__ void put_v_words_in_order(unsigned char* section, uint32_t slot,
+                                                     const uint4 (&words)[kDim / 32],
+                                                     const uint32_t (&raw)[kDim / 8]) {
+  const bool odd = halves_side<false>(slot) != 0;
+  const uint32_t keep = odd ? 0xFFFFu : 0u, shift = odd ? 16 : 0;
+#pragma unroll
+  for (int block = 0; block < kDim / 32; ++block) {
+    const uint4 before = words[block];
+    *reinterpret_cast<uint4*>(section + halves_word<false>(slot) + block * kHalvesBlockBytes) =
+        make_uint4((before.x & keep) | raw[4 * block] << shift,
+                   (before.y & keep) | raw[4 * block + 1] << shift,
+                   (before.z & keep) | raw[4 * block + 2] << shift,
+                   (before.w & keep) | raw[4 * block + 3] << shift);
   }
 }
 

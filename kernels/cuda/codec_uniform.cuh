@@ -7,6 +7,7 @@
 #include "kernels/codec_rule.h"
 #include "kernels/cuda/codec_place.cuh"
 #include "kernels/cuda/codec_sites.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "thinkv/internal/small_float.h"
 
 namespace thinkv::cuda::codec_detail {
@@ -15,7 +16,8 @@ namespace thinkv::cuda::codec_detail {
   return scale == 0.0f ? 0.0f : exact_div(1.0f, scale);
 }
 [[nodiscard]] __device__ __forceinline__ uint16_t fp16_scale(float scale) {
-  return fp16_from_float(kernels::kFp16Max < scale ? kernels::kFp16Max : scale);
+  return static_cast<uint16_t>(
+      pack_f16(kernels::kFp16Max < scale ? kernels::kFp16Max : scale, 0.0f));
 }
 
 // Recursive, so that every index is known at compile time and v stays in registers.

@@ -60,6 +60,7 @@ struct DeviceLane {
 };
 static_assert(sizeof(DeviceLane) == 28 + 40 + 32 + 44 + 4 * kTablePagesMax);
 static_assert(sizeof(DeviceLane) % 16 == 0);
+static_assert(offsetof(DeviceLane, buffer_score) % 4 == 0, "scores are read and written in pairs");
 
 // One step down of a segment, or of two that were merged, for every lane.
 struct Demotion {

@@ -158,6 +158,10 @@ __device__ __forceinline__ void bulk_copy_elected(bool elected, uint32_t shared,
 __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
+// Asks for a line of memory that is read soon.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
 // The next kernel's blocks may take the places that this one leaves free.
 __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;" :::);

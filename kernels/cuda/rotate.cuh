@@ -36,15 +36,18 @@ __device__ __forceinline__ void rotate_vector(float (&x)[kDim / 8]) {
   const uint32_t l = threadIdx.x % 8;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint64_t signs = rotation_word(static_cast<uint32_t>(i) / 8);
-    if (((signs >> (l + 8 * (i % 8))) & 1u) != 0) x[i] = -x[i];
+    const uint64_t signs = rotation_word(static_cast<uint32_t>(i) / 8) >> l;
+    const auto sign = static_cast<uint32_t>(signs >> (8 * (i % 8))) << 31;
+    x[i] = __uint_as_float(__float_as_uint(x[i]) ^ sign);
   }
 #pragma unroll
   for (uint32_t h = 1; h < 8; h *= 2) {
+    // The upper one of two gets the difference: its own value counts negative.
+    const uint32_t sign = (l & h) != 0 ? 0x8000'0000u : 0u;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float other = __shfl_xor_sync(kAllLanes, x[i], h);
-      x[i] = (l & h) != 0 ? exact_sub(other, x[i]) : exact_add(x[i], other);
+      x[i] = exact_add(other, __uint_as_float(__float_as_uint(x[i]) ^ sign));
     }
   }
   rotate_detail::butterflies<1>(x);

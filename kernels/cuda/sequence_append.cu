@@ -13,6 +13,7 @@ namespace thinkv::cuda {
 namespace {
 
 constexpr uint32_t kWarps = 4;  // of a block
+constexpr uint32_t kLaneThreads = 16;
 
 struct AppendParams {
   const void* k;
@@ -21,56 +22,71 @@ struct AppendParams {
   uint32_t layer;
 };
 
-// Eight threads hold K, eight hold V; both go to the next slot of the buffer. Whole warp.
-template <int kDim>
-__device__ __forceinline__ void append_token(const BatchView& view, const TokenSite& site,
-                                             uint32_t position, float (&x)[kDim / 8]) {
-  if ((site.page & TokenSite::kRotates) != 0) rotate_vector<kDim>(x);
-  const auto count = static_cast<uint32_t>(site.page & TokenSite::kTokens);
-  const uint32_t slot = count % kBufferPageSlots, thread = threadIdx.x % 32;
-  auto* page =
-      reinterpret_cast<unsigned char*>(site.page & ~(TokenSite::kRotates | TokenSite::kTokens));
-  const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(wide_format(view)));
-  const bool bf16 = view.geometry.value_type == ValueType::kBf16;
-  uint32_t raw[kDim / 8];
-#pragma unroll
-  for (int i = 0; i < kDim / 8; ++i) raw[i] = bf16 ? bf16_from_float(x[i]) : fp16_from_float(x[i]);
-  put_k_words<kDim>(page, slot, raw, thread < 8);
-  if (thread >= 8 && thread < 16) {
-    put_v_words_in_order<kDim>(page + shape.v_offset, slot, raw);
-  }
-  if (thread == 16) {
-    *reinterpret_cast<uint32_t*>(page + shape.position_offset + slot * kPositionBytes) = position;
-    auto* lane = reinterpret_cast<DeviceLane*>(site.lane);
-    lane->buffer_score[count] = 0;
-    lane->buffer_count = count + 1;
-    lane->live += 1;
-  }
-}
+// Where the token of a lane goes. A null page: no sequence.
+struct Place {
+  unsigned char* page;
+  DeviceLane* lane;
+  uint32_t count;  // tokens in the buffer before
+  bool rotates;
 
+  __device__ __forceinline__ explicit Place(const TokenSite& site)
+      : page(reinterpret_cast<unsigned char*>(site.page &
+                                              ~(TokenSite::kRotates | TokenSite::kTokens))),
+        lane(reinterpret_cast<DeviceLane*>(site.lane)),
+        count(static_cast<uint32_t>(site.page & TokenSite::kTokens)),
+        rotates((site.page & TokenSite::kRotates) != 0) {}
+  [[nodiscard]] __device__ __forceinline__ uint32_t slot() const {
+    return count % kBufferPageSlots;
+  }
+};
+
+// Half a warp works on a lane: eight threads hold K, eight V. Time is spent waiting for memory, so
+// all reads come first; and shuffles come before anything that only some threads do.
 template <int kDim>
 __global__ void __launch_bounds__(kWarps * 32)
     append_kernel(const __grid_constant__ BatchView view,
                   const __grid_constant__ AppendParams params) {
   wait_for_previous();
-  const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32, thread = threadIdx.x % 32;
-  const uint32_t rows = view.capacity * view.geometry.kv_heads;
-  if (row >= rows) return;
-  const TokenSite site = view.sites[uint64_t{params.layer} * rows + row];
-  const uint32_t position = view.positions[row / view.geometry.kv_heads];
+  const uint32_t index = (blockIdx.x * kWarps * 32 + threadIdx.x) / kLaneThreads;
+  const uint32_t rows = view.capacity * view.geometry.kv_heads, row = min(index, rows - 1);
+  const bool is_v = threadIdx.x % kLaneThreads >= 8;
   float x[kDim / 8];
-  load_row<kDim>(x, thread < 8 ? params.k : params.v, params.element, uint64_t{row} * kDim,
-                 thread < 16 && site.page != 0);
-  if (site.page != 0) append_token<kDim>(view, site, position, x);
+  load_row<kDim>(x, is_v ? params.v : params.k, params.element, uint64_t{row} * kDim, true);
+  const Place place(view.sites[uint64_t{params.layer} * rows + row]);
+  const bool active = index < rows && place.page != nullptr;
+  const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(wide_format(view)));
+  unsigned char* section = place.page + (is_v ? shape.v_offset : 0);
+  uint4 words[kDim / 32] = {};
+  if (active && is_v && place.slot() % 2 != 0) get_v_words<kDim>(section, place.slot(), words);
+  const bool counts = active && threadIdx.x % kLaneThreads == 0;
+  const uint32_t live = counts ? place.lane->live : 0;
+
+  float rotated[kDim / 8];
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) rotated[i] = x[i];
+  rotate_vector<kDim>(rotated);
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) x[i] = place.rotates ? rotated[i] : x[i];
+  uint32_t raw[kDim / 8];
+  to_16_bits(raw, x, view.geometry.value_type == ValueType::kBf16);
+  put_k_words<kDim>(section, place.slot(), raw, active && !is_v);
+  if (active && is_v) put_v_words_in_order<kDim>(section, place.slot(), words, raw);
+  if (!counts) return;
+  *reinterpret_cast<uint32_t*>(place.page + shape.position_offset + place.slot() * kPositionBytes) =
+      view.positions[row / view.geometry.kv_heads];
+  place.lane->buffer_score[place.count] = 0;
+  place.lane->buffer_count = place.count + 1;
+  place.lane->live = live + 1;
 }
 
 template <int kDim>
 cudaError_t launch_layer(const BatchView& view, const AppendParams& params, cudaStream_t stream) {
-  const uint32_t rows = view.capacity * view.geometry.kv_heads;
-  return launch(
-      append_kernel<kDim>,
-      {.blocks = (rows + kWarps - 1) / kWarps, .threads = kWarps * 32, .overlaps_previous = true},
-      stream, view, params);
+  const uint32_t threads = view.capacity * view.geometry.kv_heads * kLaneThreads;
+  return launch(append_kernel<kDim>,
+                {.blocks = (threads + kWarps * 32 - 1) / (kWarps * 32),
+                 .threads = kWarps * 32,
+                 .overlaps_previous = true},
+                stream, view, params);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/lane_write.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/step.cuh"
 
 namespace thinkv::cuda {
@@ -50,11 +51,11 @@ __device__ __forceinline__ void decay_scores(const LaneView& lane, float factor)
     const uint32_t live = static_cast<uint32_t>(d->live >> (2 * thread)) & 3u;
     if (live == 0) continue;
     const uint32_t pair = pairs[thread];
-    const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
-    const uint32_t new_low = fp16_from_float(exact_mul(fp16_to_float(low), factor));
-    const uint32_t new_high = fp16_from_float(exact_mul(fp16_to_float(high), factor));
-    pairs[thread] =
-        ((live & 1u) != 0 ? new_low : low) | ((live & 2u) != 0 ? new_high : uint32_t{high}) << 16;
+    const float2 scores = unpack_f16(pair);
+    const uint32_t decayed = pack_f16(exact_mul(scores.x, factor), exact_mul(scores.y, factor));
+    const uint32_t changes =
+        ((live & 1u) != 0 ? 0xFFFFu : 0u) | ((live & 2u) != 0 ? 0xFFFF0000u : 0u);
+    pairs[thread] = (decayed & changes) | (pair & ~changes);
   }
 }
 

@@ -171,35 +171,82 @@ struct ListedPage {
   return {raw.x | uint64_t{raw.y} << 32, raw.z, raw.w & 0xFFu};
 }
 
-// The descriptors of the lane. kScored: the policy's scores lie beside them.
+struct ListEntry {
+  PageView page;
+  uint16_t* scores;
+  uint32_t format;
+};
+
+// Descriptor `i` of the lane; what is not valid counts as an empty page. kScored: the policy's
+// scores lie beside the descriptors.
 template <int kDim, bool kScored>
-__device__ __forceinline__ void list_table_of(const LaneView& lane, const ListRun& run) {
+[[nodiscard]] __device__ __forceinline__ ListEntry table_entry(const LaneView& lane, uint32_t i) {
   constexpr uint32_t kPerTable = descriptors_per_page(kDim, kScored);
   const BatchView& view = *lane.batch;
+  ListEntry entry{nothing(view), nullptr, static_cast<uint32_t>(Format::kF16)};
+  auto* table =
+      reinterpret_cast<const DeviceDescriptor*>(page_at(view, lane.lane->table[i / kPerTable]));
+  if (table == nullptr) return entry;
+  const ListedPage d = read_listed(table + i % kPerTable);
+  const unsigned char* page = page_at(view, d.page);
+  if (page != nullptr && format_valid(static_cast<uint8_t>(d.format))) {
+    entry.page.live = d.live & low_slots(slot_shape(kDim, d.format).slots);
+    entry.page.tagged = reinterpret_cast<uint64_t>(page) | d.format;
+    entry.format = d.format;
+  } else {
+    raise_fault(view.lease, kBadMetadata);
+  }
+  if constexpr (kScored) {
+    auto* rows = reinterpret_cast<const uint16_t*>(table + kPerTable);
+    entry.scores = const_cast<uint16_t*>(rows) + i % kPerTable * kSlotsPerPageMax;
+  }
+  return entry;
+}
+
+__device__ __forceinline__ void put(const ListRun& run, uint32_t at, const ListEntry& entry) {
+  run.pages[at] = entry.page;
+  run.score_rows[at] = entry.scores;
+}
+
+// Lists again, format by format (list_rank). `formats`: bit f is set if the lane has pages of f.
+template <int kDim, bool kScored>
+__device__ void list_by_format(const LaneView& lane, const ListRun& run, uint32_t pages,
+                               uint32_t formats) {
+  constexpr uint32_t kWide =
+      1u << static_cast<uint32_t>(Format::kF16) | 1u << static_cast<uint32_t>(Format::kBf16);
+  const uint32_t thread = threadIdx.x % 32;
+  uint32_t done = 0;
+  for (uint32_t left = formats; left != 0;) {
+    const uint32_t next = (left & ~kWide) != 0 ? left & ~kWide : left;
+    const auto format = static_cast<uint32_t>(__ffs(static_cast<int32_t>(next))) - 1;
+    left &= ~(1u << format);
+    for (uint32_t base = 0; base < pages; base += 32) {
+      ListEntry entry{};
+      if (base + thread < pages) entry = table_entry<kDim, kScored>(lane, base + thread);
+      const bool mine = base + thread < pages && entry.format == format;
+      const uint32_t all = __ballot_sync(kAllLanes, mine);
+      if (mine) put(run, done + static_cast<uint32_t>(__popc(all & ((1u << thread) - 1))), entry);
+      done += static_cast<uint32_t>(__popc(all));
+    }
+  }
+}
+
+// The descriptors of the lane.
+template <int kDim, bool kScored>
+__device__ __forceinline__ void list_table_of(const LaneView& lane, const ListRun& run) {
   const uint32_t pages = min(lane.lane->pages, run.room);
+  uint32_t formats = 0;
 #pragma unroll 4
   for (uint32_t i = threadIdx.x % 32; i < pages; i += 32) {
-    auto* table =
-        reinterpret_cast<const DeviceDescriptor*>(page_at(view, lane.lane->table[i / kPerTable]));
-    PageView entry = nothing(view);
-    uint16_t* scores = nullptr;
-    if (table != nullptr) {
-      const ListedPage d = read_listed(table + i % kPerTable);
-      const unsigned char* page = page_at(view, d.page);
-      if (page != nullptr && format_valid(static_cast<uint8_t>(d.format))) {
-        entry.live = d.live & low_slots(slot_shape(kDim, d.format).slots);
-        entry.tagged = reinterpret_cast<uint64_t>(page) | d.format;
-      } else {
-        raise_fault(view.lease, kBadMetadata);
-      }
-      if constexpr (kScored) {
-        auto* rows = reinterpret_cast<const uint16_t*>(table + kPerTable);
-        scores = const_cast<uint16_t*>(rows) + i % kPerTable * kSlotsPerPageMax;
-      }
-    }
-    run.pages[i] = entry;
-    run.score_rows[i] = scores;
+    const ListEntry entry = table_entry<kDim, kScored>(lane, i);
+    formats |= 1u << entry.format;
+    put(run, i, entry);
   }
+  for (uint32_t x = 1; x < 32; x *= 2) formats |= __shfl_xor_sync(kAllLanes, formats, x);
+  // Most lanes have one format, and are done.
+  if ((formats & (formats - 1)) == 0) return;
+  __syncwarp();  // what is listed comes before what replaces it
+  list_by_format<kDim, kScored>(lane, run, pages, formats);
 }
 
 template <int kDim>

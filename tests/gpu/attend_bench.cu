@@ -253,7 +253,8 @@ std::vector<Case> goal_cases() {
           {12, 2, 128, 128, 4096, k4v4},
           {32, 8, 128, 128, 4096, {Format::kK4V4, Format::kK4V2, Format::kK2V2}},
           {32, 8, 128, 128, 4096, k4v4, 0.5},
-          {32, 8, 128, 128, 4096, k4v4, 1.0, 3}};
+          {32, 8, 128, 128, 4096, k4v4, 1.0, cuda::kEmitScores},
+          {32, 8, 128, 128, 4096, k4v4, 1.0, cuda::kEmitScores | cuda::kEmitSparsity}};
 }
 
 std::vector<Case> other_cases() {

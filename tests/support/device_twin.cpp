@@ -1,8 +1,11 @@
 #include "tests/support/device_twin.h"
 
+#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 namespace thinkv::testing {
 namespace {
@@ -41,6 +44,19 @@ void recode_token(LaneToken& token, Format format) {
 uint16_t planted_score(uint32_t planted, uint32_t lane, uint32_t position) {
   const uint32_t mixed = position * 2654435761u ^ lane * 40503u ^ planted * 97u;
   return fp16_from_float(static_cast<float>(mixed >> 20) / 512.0f);
+}
+
+// The descriptors of a lane as its list has them: format by format, else in the table's order.
+std::vector<uint32_t> listed_order(const DeviceReader& reader, const cuda::DeviceLane& lane) {
+  std::vector<uint32_t> order(lane.pages);
+  std::iota(order.begin(), order.end(), 0u);
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+    const auto rank = [&](uint32_t i) {
+      return cuda::list_rank(static_cast<Format>(reader.descriptor(lane, i).format));
+    };
+    return rank(a) < rank(b);
+  });
+  return order;
 }
 
 }  // namespace
@@ -153,10 +169,11 @@ void TwinBatch::check_list(uint32_t layer) {
     const uint32_t buffers = (lane.buffer_count + 7) / 8;
     expect(begin[row + 1] - begin[row] == lane.pages + buffers, "pages of a lane in the list");
     expect(pool_.positions()[row / g.kv_heads] == t->host->tokens(), "position of the step");
+    const std::vector<uint32_t> order = listed_order(reader, lane);
     for (uint32_t i = 0; i < lane.pages + buffers; ++i) {
       const bool buffer = i >= lane.pages;
       const uint32_t b = i - lane.pages;
-      const cuda::DeviceDescriptor* d = buffer ? nullptr : &reader.descriptor(lane, i);
+      const cuda::DeviceDescriptor* d = buffer ? nullptr : &reader.descriptor(lane, order[i]);
       const uint64_t page =
           reinterpret_cast<uint64_t>(pool_.address(buffer ? lane.buffer_page[b] : d->page));
       const uint64_t format = buffer ? static_cast<uint64_t>(reader.wide()) : d->format;
@@ -164,7 +181,7 @@ void TwinBatch::check_list(uint32_t layer) {
       const uint64_t live = !buffer ? d->live : left >= 8 ? 0xFFu : (1u << left) - 1;
       const cuda::PageView& entry = pool_.list()[list + begin[row] + i];
       expect(entry.tagged == (page | format) && entry.live == live, "an entry of the list");
-      const uint16_t* scores = buffer ? lane.buffer_score + 8 * b : reader.scores(lane, i);
+      const uint16_t* scores = buffer ? lane.buffer_score + 8 * b : reader.scores(lane, order[i]);
       expect(pool_.score_rows()[list + begin[row] + i] ==
                  (reader.header().scored != 0 ? scores : nullptr),
              "a row of scores in the list");

@@ -162,6 +162,16 @@ TEST_P(CudaAttend, Emission) {
   }
 }
 
+// Most of a page dead: slots of its second half count where neighbours in the first do not.
+TEST_P(CudaAttend, EmissionOfSparsePages) {
+  AttendCase c{.head_dim = GetParam(), .group = 4, .kv_heads = 2, .formats = {Format::kK2V2}};
+  c.lengths = {600};
+  c.live = 0.2;
+  c.emit = cuda::kEmitScores | cuda::kEmitSparsity;
+  c.shape = small_shape(c.head_dim, 2);
+  expect_right(c, 3);
+}
+
 INSTANTIATE_TEST_SUITE_P(HeadDims, CudaAttend, testing::Values(64u, 128u, 256u));
 
 TEST(CudaAttendLaunch, RefusesWhatIsNotBuilt) {

@@ -154,5 +154,6 @@ inline void bulk_copy_elected(bool elected, uint32_t shared, uint64_t global, ui
 
 inline void wait_for_previous() {}
 inline void let_next_start() {}
+inline void prefetch_l1(const void*) {}
 
 }  // namespace thinkv::cuda

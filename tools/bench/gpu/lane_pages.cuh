@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/attention.h"
 #include "thinkv/internal/page_format.h"
 
 // What Python gives; lengths and counts lie in host memory.
@@ -89,7 +90,7 @@ struct HostPage {
   Format format;
 };
 
-// All lanes' pages in lane order; within a lane formats are mixed as tokens come.
+// All lanes' pages in lane order.
 struct HostLanes {
   std::vector<HostPage> pages;
   std::vector<uint32_t> begin{0};
@@ -123,7 +124,11 @@ inline void add_lane(const ThinkvBenchCase& c, const uint32_t* counts, std::mt19
       left -= slots;
     }
   }
-  std::shuffle(lanes.pages.begin() + static_cast<ptrdiff_t>(first), lanes.pages.end(), rng);
+  // Tokens come in any order; the list of a step is by format (sequence_list.cu).
+  const auto begin = lanes.pages.begin() + static_cast<ptrdiff_t>(first);
+  std::stable_sort(begin, lanes.pages.end(), [](const HostPage& a, const HostPage& b) {
+    return cuda::list_rank(a.format) < cuda::list_rank(b.format);
+  });
   lanes.begin.push_back(static_cast<uint32_t>(lanes.pages.size()));
 }
 
