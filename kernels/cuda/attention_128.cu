@@ -10,7 +10,8 @@ cudaError_t launch_attend_128(const AttendParams& p, const AttendShape& shape,
   switch (shape.warps) {
     case 8:
       return launch_shape<128, 1, 8, 5>(p, shape.ctas, stream);
-    case 12:
+    case 12:  // before sm_90 shared memory has room for two pages a warp, too few
+      if (running_code() < 90) return launch_shape<128, 1, 8, 5>(p, shape.ctas, stream);
       return launch_shape<128, 1, 12, 4>(p, shape.ctas, stream);
     default:
       return cudaErrorInvalidValue;

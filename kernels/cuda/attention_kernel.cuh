@@ -141,8 +141,8 @@ __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stre
 
 template <int kHeadDim, int kN, int kWarps, int kStages, bool kExtra>
 __global__ void __launch_bounds__(kWarps * 32, 1) attend_kernel(const AttendParams p) {
-  using Stream = PageStream<kHeadDim, kStages, kExtra>;
-  constexpr uint32_t kRing = kStages * Stream::kPage;
+  using Stream = PageStream<kHeadDim, ring_stages<kHeadDim>(kCode, kWarps, kStages), kExtra>;
+  constexpr uint32_t kRing = Stream::Ring::kBytes;
   __shared__ __align__(8) uint64_t barriers[kWarps * kStages];
   __shared__ __align__(16) ReadyPage ready[kWarps][2 * kBatch];
   __shared__ uint32_t part_lane[2 * kWarps];
@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) attend_kernel(const AttendPara
   const uint32_t warps = gridDim.x * kWarps;
   const uint32_t barrier = shared_address(&barriers[warp * kStages]);
   if (threadIdx.x % 32 == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(barrier + 8 * i, 1);
-    barrier_init_fence();
+    Stream::Ring::prepare(barrier);
     part_lane[2 * warp] = part_lane[2 * warp + 1] = kNoLane;
   }
   __syncwarp();
@@ -227,11 +226,13 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
 
 template <int kHeadDim, int kN, int kWarps, int kStages, bool kExtra>
 cudaError_t launch_variant(const AttendParams& p, uint32_t ctas, cudaStream_t stream) {
-  constexpr uint32_t kShared = kWarps * kStages * page_bytes(kHeadDim);
-  static_assert(kStages * page_bytes(kHeadDim) >= 4 * part_floats(8 * kN, kHeadDim));
+  const uint32_t shared =
+      kWarps * ring_stages<kHeadDim>(running_code(), kWarps, kStages) * page_bytes(kHeadDim);
+  static_assert(ring_stages<kHeadDim>(80, kWarps, kStages) * page_bytes(kHeadDim) >=
+                4 * part_floats(8 * kN, kHeadDim));
   const cudaError_t error = launch(
       attend_kernel<kHeadDim, kN, kWarps, kStages, kExtra>,
-      {.blocks = ctas, .threads = kWarps * 32, .shared_bytes = kShared, .overlaps_previous = true},
+      {.blocks = ctas, .threads = kWarps * 32, .shared_bytes = shared, .overlaps_previous = true},
       stream, p);
   if (error != cudaSuccess || ctas == 1) return error;
   return launch(combine_kernel<kHeadDim>,

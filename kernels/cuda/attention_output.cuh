@@ -19,11 +19,10 @@ __device__ __forceinline__ void store_value(void* tensor, Element element, uint6
 }
 
 // Rows 16 m + 8 half + g of the output: x = D H y / sqrt(d). Bits 0..2 of the dim are g.
-template <int kHeadDim, int kN>
-__device__ __forceinline__ void rotate_output(LaneState<kHeadDim, kN>& s, int n) {
-  constexpr int kSlices = kHeadDim / 16;
+template <int kSlices>
+__device__ __forceinline__ void rotate_output(float (&out)[kSlices][4]) {
 #pragma unroll
-  for (auto& tile : s.out[n]) {
+  for (auto& tile : out) {
 #pragma unroll
     for (float& value : tile) {
       value = butterfly_across(value, 4);
@@ -39,7 +38,7 @@ __device__ __forceinline__ void rotate_output(LaneState<kHeadDim, kN>& s, int n)
     for (int m = 0; m < kSlices; ++m) {
       if ((m & distance) != 0) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) butterfly(s.out[n][m][i], s.out[n][m + distance][i]);
+      for (int i = 0; i < 4; ++i) butterfly(out[m][i], out[m + distance][i]);
     }
   }
 #pragma unroll
@@ -47,8 +46,8 @@ __device__ __forceinline__ void rotate_output(LaneState<kHeadDim, kN>& s, int n)
     const uint64_t signs = rotation_word(m / 4) >> (threadIdx.x % 32 / 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s.out[n][m][i] =
-          negate_if(s.out[n][m][i] * rotation_norm(kHeadDim), signs, 16 * (m % 4) + 8 * (i / 2));
+      out[m][i] =
+          negate_if(out[m][i] * rotation_norm(16 * kSlices), signs, 16 * (m % 4) + 8 * (i / 2));
     }
   }
 }
@@ -66,29 +65,28 @@ __device__ __forceinline__ void store_log_sum(const AttendParams& p, float* log_
   if (p.emit != nullptr) log_sums[row] = log2_sum;
 }
 
-// A lane that this warp had whole.
-template <int kHeadDim, int kN>
+// Query heads 8 kTile .. of a lane that this warp had whole, and of the tiles after it. By
+// recursion, not a loop: one that the compiler leaves rolled keeps all of `s.out` in local memory.
+template <int kTile = 0, int kHeadDim, int kN>
 __device__ __forceinline__ void write_lane(LaneState<kHeadDim, kN>& s, const AttendParams& p,
                                            float* log_sums, uint32_t lane_index) {
   const uint32_t g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  if (p.rotate) rotate_output(s.out[kTile]);
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    if (p.rotate) rotate_output(s, n);
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t head = 8 * kTile + 2 * c + h;
+    if (head >= p.group) continue;
+    const uint64_t row = uint64_t{lane_index} * p.group + head;
+    const float scale = s.sum[kTile][h] > 0.0f ? 1.0f / s.sum[kTile][h] : 0.0f;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t head = 8 * n + 2 * c + h;
-      if (head >= p.group) continue;
-      const uint64_t row = uint64_t{lane_index} * p.group + head;
-      const float scale = s.sum[n][h] > 0.0f ? 1.0f / s.sum[n][h] : 0.0f;
-#pragma unroll
-      for (int m = 0; m < kHeadDim / 16; ++m) {
-        const uint64_t at = row * kHeadDim + 16 * m + g;
-        store_value(p.out, p.out_element, at, s.out[n][m][h] * scale);
-        store_value(p.out, p.out_element, at + 8, s.out[n][m][h + 2] * scale);
-      }
-      if (g == 0) store_log_sum(p, log_sums, row, s.maximum[n][h], s.sum[n][h]);
+    for (int m = 0; m < kHeadDim / 16; ++m) {
+      const uint64_t at = row * kHeadDim + 16 * m + g;
+      store_value(p.out, p.out_element, at, s.out[kTile][m][h] * scale);
+      store_value(p.out, p.out_element, at + 8, s.out[kTile][m][h + 2] * scale);
     }
+    if (g == 0) store_log_sum(p, log_sums, row, s.maximum[kTile][h], s.sum[kTile][h]);
   }
+  if constexpr (kTile + 1 < kN) write_lane<kTile + 1>(s, p, log_sums, lane_index);
 }
 
 // What this warp has of a lane that was cut: maximum [group], sum [group], values [group][dims].

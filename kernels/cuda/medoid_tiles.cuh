@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/medoid_limits.h"
 #include "kernels/cuda/platform.cuh"
 #include "kernels/kernels.h"
 
@@ -30,7 +31,6 @@ struct Medoids {
   uint32_t target;         // 1 .. n
   uint32_t iterations;
 };
-inline constexpr uint32_t kMedoidRowsHeld = 800;  // 200 KiB of 64 dims
 inline constexpr uint32_t kMedoidScratchBytes = kMedoidRowsHeld * 16 + 128;
 
 // Dim d of a vector: thread d % 8 of a group loads its dims d, d + 8, d + 16, d + 24 as 16 bytes,
@@ -87,17 +87,16 @@ __device__ __forceinline__ uint32_t fold_centre() {
   return threadIdx.x % 2 * 2;
 }
 
-// Squared distances of keys row .. row + 3 and centres centre .. centre + 3. Rows beyond the last
-// repeat it. All threads of the warp call it.
-__device__ __forceinline__ void tile_distances(const Medoids& m, uint32_t row, uint32_t centre,
-                                               float (&distance)[2]) {
-  float sums[4][4] = {};
+// Adds to the sums of keys row .. row + 3 and centres centre .. centre + 3 of `centres` what the
+// dims in shared memory are apart. Rows beyond the last repeat it.
+__device__ __forceinline__ void add_distances(const Medoids& m, uint32_t row, uint32_t centre,
+                                              uint32_t centres, float (&sums)[4][4]) {
   const uint32_t first = threadIdx.x % kMedoidGroup * 4;
   uint32_t key_at[4], centre_at[4];
 #pragma unroll
   for (uint32_t i = 0; i < 4; ++i) {
     key_at[i] = min(row + i, m.n - 1) * m.stride + first;
-    centre_at[i] = min(centre + i, m.target - 1) * m.stride + first;
+    centre_at[i] = min(centre + i, centres - 1) * m.stride + first;
   }
   for (uint32_t d = 0; d < m.stride; d += 32) {
     float4 keys[4];
@@ -117,6 +116,14 @@ __device__ __forceinline__ void tile_distances(const Medoids& m, uint32_t row, u
       }
     }
   }
+}
+
+// Squared distances of keys row .. row + 3 and centres centre .. centre + 3. All threads of the
+// warp call it.
+__device__ __forceinline__ void tile_distances(const Medoids& m, uint32_t row, uint32_t centre,
+                                               float (&distance)[2]) {
+  float sums[4][4] = {};
+  add_distances(m, row, centre, m.target, sums);
   fold(sums, distance);
 }
 

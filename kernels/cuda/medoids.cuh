@@ -62,29 +62,35 @@ __device__ __forceinline__ void add_weighted(float4& sum, float w, const float4&
   sum.w = exact_add(sum.w, exact_mul(w, key.w));
 }
 
-// Every centre becomes the weighted mean of its rows, by one warp, rows in ascending order.
-__device__ inline void move_centres(const Medoids& m) {
+// The weighted mean of the rows of cluster `j`, rows in ascending order, by one warp. An empty
+// cluster keeps its centre.
+__device__ __forceinline__ void write_mean(const Medoids& m, const uint16_t* cluster_of, uint32_t j,
+                                           float* centre) {
   const uint32_t lane = threadIdx.x % 32, units = m.stride / 4;
-  for (uint32_t j = threadIdx.x / 32; j < m.target; j += blockDim.x / 32) {
-    for (uint32_t first_unit = 0; first_unit < units; first_unit += 32) {
-      const uint32_t unit = min(first_unit + lane, units - 1);
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      float total = 0.0f;
-      for (uint32_t first = 0; first < m.n; first += 32) {
-        const uint32_t row = first + lane;
-        uint32_t members = __ballot_sync(0xFFFFFFFFu, row < m.n && m.cluster_of[row] == j);
-        for (; members != 0; members &= members - 1) {
-          const uint32_t member = first + static_cast<uint32_t>(__ffs(members)) - 1;
-          const float w = weight(m, member);
-          add_weighted(sum, w, reinterpret_cast<const float4*>(m.keys + member * m.stride)[unit]);
-          total = exact_add(total, w);
-        }
+  for (uint32_t first_unit = 0; first_unit < units; first_unit += 32) {
+    const uint32_t unit = min(first_unit + lane, units - 1);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float total = 0.0f;
+    for (uint32_t first = 0; first < m.n; first += 32) {
+      const uint32_t row = first + lane;
+      uint32_t members = __ballot_sync(0xFFFFFFFFu, row < m.n && cluster_of[row] == j);
+      for (; members != 0; members &= members - 1) {
+        const uint32_t member = first + static_cast<uint32_t>(__ffs(members)) - 1;
+        const float w = weight(m, member);
+        add_weighted(sum, w, reinterpret_cast<const float4*>(m.keys + member * m.stride)[unit]);
+        total = exact_add(total, w);
       }
-      if (total == 0.0f) continue;  // an empty cluster keeps its centre
-      reinterpret_cast<float4*>(m.centres + j * m.stride)[unit] =
-          make_float4(exact_div(sum.x, total), exact_div(sum.y, total), exact_div(sum.z, total),
-                      exact_div(sum.w, total));
     }
+    if (total == 0.0f) continue;
+    reinterpret_cast<float4*>(centre)[unit] =
+        make_float4(exact_div(sum.x, total), exact_div(sum.y, total), exact_div(sum.z, total),
+                    exact_div(sum.w, total));
+  }
+}
+
+__device__ inline void move_centres(const Medoids& m) {
+  for (uint32_t j = threadIdx.x / 32; j < m.target; j += blockDim.x / 32) {
+    write_mean(m, m.cluster_of, j, m.centres + j * m.stride);
   }
   __syncthreads();
 }
@@ -159,18 +165,20 @@ __device__ __forceinline__ void pick_in_order(const float* costs, uint32_t n, ui
   }
 }
 
-__device__ inline void pick(const Medoids& m) {
+// find_costs(first, count, costs): as above.
+template <class FindCosts>
+__device__ __forceinline__ void pick(const Medoids& m, const FindCosts& find_costs) {
   auto* const wanted = reinterpret_cast<uint32_t*>(m.scratch);  // [32]
   auto* const costs = reinterpret_cast<float*>(wanted + 32);
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t fits = (kMedoidScratchBytes - 128) / (static_cast<uint32_t>(sizeof(float)) * m.n);
-  const uint32_t room = min(fits / kMedoidTile * kMedoidTile, 32u);
+  const uint32_t room = min(fits / kMedoidTile * kMedoidTile, kMedoidCentresTogether);
   uint32_t taken = 0;
   for (uint32_t row = threadIdx.x; row < m.n; row += blockDim.x) m.keep[row] = 0;
   __syncthreads();
   for (uint32_t first = 0; first < m.target; first += room) {
     const uint32_t count = min(room, m.target - first);
-    find_costs(m, first, count, costs);
+    find_costs(first, count, costs);
     taken = 0;
     for (uint32_t row = lane, b = 0; row < m.n; row += 32, ++b) {
       taken |= m.keep[row] != 0 ? 1u << b : 0u;
@@ -193,6 +201,7 @@ __device__ inline void pick(const Medoids& m) {
 }  // namespace medoids_detail
 
 static_assert(kMedoidRowsHeld <= 32 * 32, "`taken` has 32 bits");
+static_assert(kMedoidCentresTogether <= 32, "a thread for each of the picks in order");
 
 // All threads of the block. Requires: keys and weights are written and seen.
 __device__ inline void select_medoids(const Medoids& m) {
@@ -205,7 +214,9 @@ __device__ inline void select_medoids(const Medoids& m) {
     medoids_detail::find_nearest(m);
     medoids_detail::move_centres(m);
   }
-  medoids_detail::pick(m);
+  medoids_detail::pick(m, [&m](uint32_t first, uint32_t count, float* costs) {
+    medoids_detail::find_costs(m, first, count, costs);
+  });
 }
 
 }  // namespace thinkv::cuda

@@ -1,16 +1,15 @@
 // page_stream.cuh: the pages of one warp, on their way to its shared memory.
 //
-// A ring of kStages pages that belongs to one warp: one elected thread starts bulk copies, the
-// others wait on the stage's barrier. Descriptors come in batches through shared memory, one
-// batch ahead, so that no step waits for device memory but for its page. The steps have no branch
-// that depends on the page: control flow was a quarter of the time of a page.
-// Requires sm_90 (bulk copies complete on an mbarrier).
+// A ring of kStages pages that belongs to one warp (page_ring.cuh). Descriptors come in batches
+// through shared memory, one batch ahead, so that no step waits for device memory but for its page.
+// The steps have no branch that depends on the page: control flow was a quarter of the time of a
+// page.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/page_ring.cuh"
 #include "thinkv/internal/page_format.h"
 
 namespace thinkv::cuda {
@@ -62,14 +61,15 @@ template <int kHeadDim, uint32_t kStages, bool kPositions>
 class PageStream {
  public:
   static constexpr uint32_t kPage = page_bytes(kHeadDim);
+  using Ring = PageRing<kPage, kStages>;
   static_assert(kStages < kBatch && kPage / 16 < 1024);
 
   // Pages [begin, end) of the flat list. `ring`: kStages pages of shared memory, `barriers`:
-  // [kStages], initialised; `ready`: [2 x kBatch]; all of this warp alone. Every thread of the
-  // warp calls.
+  // [kStages], made ready by Ring::prepare(); `ready`: [2 x kBatch]; all of this warp alone. Every
+  // thread of the warp calls.
   __device__ __forceinline__ PageStream(const PageView* pages, uint32_t begin, uint32_t end,
                                         uint32_t ring, uint32_t barriers, ReadyPage* ready)
-      : pages_(pages + begin), count_(end - begin), ring_(ring), barrier_(barriers), ready_(ready) {
+      : pages_(pages + begin), count_(end - begin), ring_(ring, barriers), ready_(ready) {
     store_batch(0, load_page(thread() % kBatch));
     pending_ = load_page(kBatch + thread() % kBatch);
     __syncwarp();
@@ -88,10 +88,9 @@ class PageStream {
   [[nodiscard]] __device__ __forceinline__ ReadyPage peek() const {
     return ready_[step_ % (2 * kBatch)];
   }
-  // Until that page is in shared memory. Result: its shared address.
+  // Until that page is in shared memory. Requires: fill() was called. Result: its shared address.
   __device__ __forceinline__ uint32_t wait() const {
-    barrier_wait(barrier_ + 8 * stage_, parity_);
-    return ring_ + stage_ * kPage;
+    return ring_.wait(stage_, parity_);
   }
   // Requires: fill() was called. Done with that page: every thread of the warp has read what it
   // needs. Its place takes the page kStages later.
@@ -127,13 +126,12 @@ class PageStream {
   }
   __device__ __forceinline__ void start_copy(uint32_t index, uint32_t stage) const {
     const ReadyPage page = ready_[index % (2 * kBatch)];
-    bulk_copy_elected(thread() == 0 && index < count_, ring_ + stage * kPage, page.address(),
-                      page.bytes(), barrier_ + 8 * stage);
+    ring_.start(stage, index < count_, page.address(), page.bytes());
   }
 
   const PageView* pages_;  // the first of the run
   uint32_t count_;
-  uint32_t ring_, barrier_;
+  Ring ring_;
   ReadyPage* ready_;
   PageView pending_{};  // of the batch after the stored ones
   uint32_t step_ = 0, stage_ = 0, parity_ = 0;

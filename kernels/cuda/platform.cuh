@@ -9,6 +9,14 @@
 //   conversions of small floats and exact fp32 steps through small_float.h and exact_*().
 #pragma once
 
+// The virtual architecture that this pass of the compiler makes device code for; the host's side of
+// a source takes the newest that the sources tell apart. For the emulator the build says it.
+#if defined(__CUDA_ARCH__)
+#define THINKV_CUDA_CODE (__CUDA_ARCH__ / 10)
+#elif !defined(THINKV_CUDA_CODE)
+#define THINKV_CUDA_CODE 90
+#endif
+
 #if defined(THINKV_CUDA_EMULATED)
 
 #include "kernels/cuda/emulated/device.h"
@@ -20,6 +28,12 @@
 #include <cstdint>
 
 namespace thinkv::cuda {
+
+inline constexpr uint32_t kCode = THINKV_CUDA_CODE;
+
+// The virtual architecture (80, 90, ...) of the code that the current device runs: the driver takes
+// the best that the library holds for it, or compiles the library's PTX. 0: it has none.
+[[nodiscard]] uint32_t running_code();
 
 // Dynamic shared memory of the block, 128-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -48,8 +62,8 @@ struct LaunchSize {
   uint32_t blocks;
   uint32_t threads;
   uint32_t shared_bytes = 0;
-  // Starts while the kernel before it in the stream still runs; the kernel itself waits by
-  // wait_for_previous() (ptx.cuh) before it reads what that one wrote.
+  // From sm_90 on: starts while the kernel before it in the stream still runs; the kernel itself
+  // waits by wait_for_previous() (ptx.cuh) before it reads what that one wrote.
   bool overlaps_previous = false;
 };
 
@@ -72,7 +86,8 @@ template <class... Parameters, class... Arguments>
   config.dynamicSmemBytes = size.shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = size.overlaps_previous ? 1 : 0;
+  // Code without wait_for_previous() must not start early, even on a GPU that could.
+  config.numAttrs = size.overlaps_previous && running_code() >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

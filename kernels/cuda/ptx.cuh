@@ -1,7 +1,7 @@
 // ptx.cuh: the machine instructions that the kernels are built from, one function each.
 //
-// sm_80 and up; the bulk copy and its barriers sm_90 and up. No policy here. The emulator's
-// versions (emulated/ptx.h) have the same names.
+// sm_80 and up; the bulk copy and its barriers sm_90 and up, where the kernels do without the
+// copies of 16 bytes. No policy here. The emulator's versions (emulated/ptx.h) have the same names.
 #pragma once
 
 #include "kernels/cuda/platform.cuh"
@@ -116,6 +116,30 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   return v;
 }
 
+// ---- copies of 16 bytes to shared memory, each thread its own, in groups ----
+
+// Does nothing unless `active`. 16-byte aligned addresses.
+__device__ __forceinline__ void copy_16_async(bool active, uint32_t shared, uint64_t global) {
+  asm volatile(
+      "{\n"
+      ".reg .pred some;\n"
+      "setp.ne.u32 some, %0, 0;\n"
+      "@some cp.async.cg.shared.global [%1], [%2], 16;\n"
+      "}\n" ::"r"(static_cast<uint32_t>(active)),
+      "r"(shared), "l"(global)
+      : "memory");
+}
+// The copies since the last call are one group, of none too.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all groups of this thread but the kLater newest have arrived; others see them after a
+// __syncwarp().
+template <uint32_t kLater>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
 // ---- bulk copy to shared memory with a transaction barrier (sm_90) ----
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -152,11 +176,13 @@ __device__ __forceinline__ void bulk_copy_elected(bool elected, uint32_t shared,
       "r"(shared), "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
 }
+
 // ---- kernels that overlap in a stream (programmatic dependent launch, sm_90) ----
+// Before that launch() never lets them overlap, and there is nothing to wait for.
 
 // Until the kernel before this one has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_previous() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if constexpr (kCode >= 90) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 // Asks for a line of memory that is read soon.
 __device__ __forceinline__ void prefetch_l1(const void* address) {
@@ -164,7 +190,7 @@ __device__ __forceinline__ void prefetch_l1(const void* address) {
 }
 // The next kernel's blocks may take the places that this one leaves free.
 __device__ __forceinline__ void let_next_start() {
-  asm volatile("griddepcontrol.launch_dependents;" :::);
+  if constexpr (kCode >= 90) asm volatile("griddepcontrol.launch_dependents;" :::);
 }
 
 }  // namespace thinkv::cuda

@@ -148,7 +148,7 @@ cudaError_t count_multiprocessors(uint32_t& count) {
 cudaError_t launch_keys(const BatchView& view, uint32_t blocks, cudaStream_t stream) {
   const LaunchSize size{.blocks = blocks,
                         .threads = kMedoidThreads,
-                        .shared_bytes = kKeySharedBytes,
+                        .shared_bytes = key_shared_bytes(running_code()),
                         .overlaps_previous = true};
   switch (view.geometry.head_dim) {
     case 64:

@@ -22,19 +22,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/medoid_limits.h"
 #include "kernels/cuda/sequence.h"
 
 namespace thinkv::cuda {
 
 // Of one segment, or of two that the floor rule joins.
 inline constexpr uint32_t kRefreshRowsMax = 1024;
-// Shared memory for keys and centres.
-inline constexpr uint32_t kMedoidVectorBytes = 200 * 1024;
-
-// Keys and centres together, of `dims` dims: head_dim, times kv_heads for SelectGrain::kLayer.
-[[nodiscard]] constexpr uint32_t medoid_rows_max(uint32_t dims) {
-  return kMedoidVectorBytes / (static_cast<uint32_t>(sizeof(float)) * dims);
-}
 
 // Tokens of the largest segment that a demotion meets.
 [[nodiscard]] constexpr uint32_t refresh_rows(const PolicyParams& policy) {
@@ -43,15 +37,21 @@ inline constexpr uint32_t kMedoidVectorBytes = 200 * 1024;
   return std::max(policy.segment_tokens, joined);
 }
 
-// False where a demotion of this policy needs more memory than a block has.
+// False where a demotion of this policy needs more memory than a block has, on any GPU that the
+// kernels are for: a segment of 256 tokens fits whatever the model.
 [[nodiscard]] constexpr bool refresh_supported(const ModelGeometry& geometry,
                                                const PolicyParams& policy) {
   if (policy.evict != EvictRule::kTbe) return true;
   const uint32_t rows = refresh_rows(policy);
   if (rows > kRefreshRowsMax) return false;
   if (policy.select == SelectRule::kAttention || policy.select == SelectRule::kRecent) return true;
-  const uint32_t heads = policy.grain == SelectGrain::kLayer ? geometry.kv_heads : 1;
-  return rows + policy.schedule[0] <= medoid_rows_max(geometry.head_dim * heads);
+  if (rows > kMedoidRowsHeld) return false;
+  const MedoidStreamSize size{.rows = rows,
+                              .target = std::max<uint32_t>(policy.schedule[0], 1),
+                              .heads = policy.grain == SelectGrain::kLayer ? geometry.kv_heads : 1,
+                              .iterations = policy.kmeans_iterations,
+                              .width = 0};
+  return medoid_stream_width(size, geometry.head_dim, medoid_vector_bytes(80)) != 0;
 }
 
 // After the flush of closing segments, which counts the step, in the same stream. BatchView::pages

@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane_write.cuh"
-#include "kernels/cuda/medoids.cuh"
+#include "kernels/cuda/medoid_stream.cuh"
 #include "kernels/cuda/select.cuh"
 
 namespace thinkv::cuda {
@@ -25,14 +25,16 @@ inline constexpr uint32_t kPlainRowBytes = 4 * sizeof(uint32_t) + sizeof(uint8_t
 inline constexpr uint32_t kPlainSharedBytes = (kRefreshRowsMax + 4) * kPlainRowBytes;
 inline constexpr uint32_t kKeyRowBytes =
     sizeof(uint32_t) + sizeof(float) + sizeof(uint16_t) + sizeof(uint8_t);
-inline constexpr uint32_t kKeySharedBytes =
-    kMedoidVectorBytes + kMedoidScratchBytes + kMedoidRowsHeld * kKeyRowBytes;
-static_assert(medoid_rows_max(64) <= kMedoidRowsHeld);
+inline constexpr uint32_t kMedoidVectorBytes = medoid_vector_bytes(kCode);
+[[nodiscard]] constexpr uint32_t key_shared_bytes(uint32_t code) {
+  return medoid_vector_bytes(code) + kMedoidScratchBytes + kMedoidRowsHeld * kKeyRowBytes;
+}
 static_assert(kMedoidRowsHeld * 2 * sizeof(uint32_t) + 16 <= kMedoidScratchBytes);
-static_assert(kKeySharedBytes <= 226 * 1024, "227 KiB less what is static");
+static_assert(key_shared_bytes(90) <= 225 * 1024, "227 KiB less what is static");
+static_assert(key_shared_bytes(80) <= 161 * 1024, "163 KiB less what is static");
 
 struct KeySpace {
-  float* vectors;
+  float* vectors;  // kMedoidVectorBytes, 16-byte aligned
   unsigned char* scratch;
   uint16_t* cluster_of;
 };
@@ -77,56 +79,109 @@ struct Work {
   }
 };
 
-// The keys of the rows, eight threads a key, into dims head * kDim .. of rows of `stride` floats.
+// Some dims of a vector.
+struct DimRange {
+  uint32_t first, count;  // multiples of 32
+};
+
+// Those dims of the keys at `place`, eight threads a key, to the start of rows of `stride` floats.
 template <int kDim>
-__device__ inline void decode_keys(const LaneView& lane, const RowSpace& rows, uint32_t n,
-                                   float* keys, uint32_t stride) {
+__device__ inline void decode_keys(const LaneView& lane, const uint32_t* place, uint32_t n,
+                                   DimRange dims, float* keys, uint32_t stride) {
   const uint32_t l = threadIdx.x % 8;
   for (uint32_t i = threadIdx.x / 8; i < n; i += blockDim.x / 8) {
     float x[kDim / 8] = {};
-    const DeviceDescriptor* d = descriptor_at(lane, rows.place[i] >> 6);
+    const DeviceDescriptor* d = descriptor_at(lane, place[i] >> 6);
     unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
     if (page != nullptr) {
       const auto format = static_cast<Format>(d->format);
       const SlotShape shape = slot_shape(kDim, d->format);
       decode_vector<kDim, true>(
           x, format,
-          vector_place<kDim, true>(page, shape, coding_of<true>(format), rows.place[i] & 63u));
+          vector_place<kDim, true>(page, shape, coding_of<true>(format), place[i] & 63u));
     }
 #pragma unroll
-    for (int c = 0; c < kDim / 32; ++c) {  // as medoid_place() says
-      *reinterpret_cast<float4*>(keys + i * stride + 32 * c + 4 * l) =
+    for (uint32_t c = 0; c < kDim / 32; ++c) {  // as medoid_place() says
+      const uint32_t to = 32 * c - dims.first;
+      if (to >= dims.count) continue;
+      *reinterpret_cast<float4*>(keys + i * stride + to + 4 * l) =
           make_float4(x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]);
     }
   }
 }
 
-// rows.keep by the sequence's rule. Result: false where the keys do not fit (bad metadata).
+// How a selection has its keys: all of them in shared memory, or their places to stream them from.
+struct KeyPlan {
+  bool resident;
+  MedoidStreamSize stream;  // width 0: neither fits (bad metadata)
+};
 template <int kDim>
-[[nodiscard]] __device__ inline bool keep_medoids(const Work& work, const KeySpace& space,
-                                                  uint32_t n, uint32_t target) {
+[[nodiscard]] __device__ inline KeyPlan plan_keys(const Work& work, uint32_t n, uint32_t target) {
+  const uint32_t iterations = work.sequence->policy.kmeans_iterations;
+  KeyPlan plan{medoids_fit(kMedoidVectorBytes, n, target, kDim * work.heads),
+               {n, target, work.heads, iterations, 0}};
+  plan.stream.width = medoid_stream_width(plan.stream, kDim, kMedoidVectorBytes);
+  return plan;
+}
+
+// What both ways have in common but for where the keys are.
+[[nodiscard]] __device__ __forceinline__ Medoids medoids_of(const Work& work, const KeySpace& space,
+                                                            uint32_t n, uint32_t target) {
   const PolicyParams& p = work.sequence->policy;
-  const uint32_t stride = kDim * work.heads;
-  if ((n + target) * stride * sizeof(float) > kMedoidVectorBytes) return false;
-  const bool weighted = p.select == SelectRule::kWeightedMedoids;
-  if (weighted) {
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-      float& weight = work.rows.weight[i];
-      weight = weight < kWeightFloor ? kWeightFloor : weight;
-    }
+  return {.keys = space.vectors,
+          .centres = space.vectors,
+          .weights = p.select == SelectRule::kWeightedMedoids ? work.rows.weight : nullptr,
+          .cluster_of = space.cluster_of,
+          .keep = work.rows.keep,
+          .scratch = space.scratch,
+          .n = n,
+          .stride = 0,
+          .target = target,
+          .iterations = p.kmeans_iterations};
+}
+
+template <int kDim>
+__device__ inline void keep_resident(const Work& work, Medoids m) {
+  m.stride = kDim * work.heads;
+  m.centres = m.keys + m.n * m.stride;
+  select_medoids(m);
+}
+
+// Places of all heads, clusters, what centres are made in, centres, keys.
+template <int kDim>
+__device__ inline void keep_streamed(const Work& work, Medoids m, const MedoidStreamSize& size) {
+  auto* const space = reinterpret_cast<unsigned char*>(m.keys);
+  const auto* const places = reinterpret_cast<const uint32_t*>(space);
+  auto* const clusters = reinterpret_cast<uint16_t*>(space + size.place_bytes());
+  m.stride = size.width;
+  m.centres = reinterpret_cast<float*>(space + size.head_bytes());
+  m.keys = m.centres + kMedoidCentresTogether * m.stride;
+  const uint32_t each = kDim / size.width;  // tiles of a head
+  stream_medoids({.m = m,
+                  .tiles = work.heads * each,
+                  .clusters = clusters,
+                  .made_in = space + size.place_bytes() + size.cluster_bytes()},
+                 [&](uint32_t tile) {
+                   const uint32_t head = tile / each;
+                   decode_keys<kDim>(work.lane(head), places + head * m.n, m.n,
+                                     {tile % each * size.width, size.width}, m.keys, m.stride);
+                 });
+}
+
+// rows.keep by the sequence's rule. Requires: read_rows() with the same plan.
+template <int kDim>
+__device__ inline void keep_medoids(const Work& work, const KeySpace& space, const KeyPlan& plan) {
+  const Medoids m = medoids_of(work, space, plan.stream.rows, plan.stream.target);
+  for (uint32_t i = threadIdx.x; i < m.n && m.weights != nullptr; i += blockDim.x) {
+    float& weight = work.rows.weight[i];
+    weight = weight < kWeightFloor ? kWeightFloor : weight;
   }
   __syncthreads();  // the keys too
-  select_medoids({.keys = space.vectors,
-                  .centres = space.vectors + n * stride,
-                  .weights = weighted ? work.rows.weight : nullptr,
-                  .cluster_of = space.cluster_of,
-                  .keep = work.rows.keep,
-                  .scratch = space.scratch,
-                  .n = n,
-                  .stride = stride,
-                  .target = target,
-                  .iterations = p.kmeans_iterations});
-  return true;
+  if (plan.resident) {
+    keep_resident<kDim>(work, m);
+  } else {
+    keep_streamed<kDim>(work, m, plan.stream);
+  }
 }
 
 // The rows of one more head. Result: whether they are as many as those of the first.
@@ -136,39 +191,48 @@ template <int kDim>
          gather_rows(lane, demotion.start, demotion.end, work.rows, work.counts) == n;
 }
 
-// Scores and keys of all heads. Result: false where a head holds other tokens (bad metadata).
+// Scores of all heads, and their keys or where those are. Result: false where a head holds other
+// tokens (bad metadata).
 template <int kDim>
 [[nodiscard]] __device__ inline bool read_rows(const Work& work, const KeySpace& space,
-                                               const Demotion& demotion, uint32_t n) {
-  const SelectRule rule = work.sequence->policy.select;
+                                               const Demotion& demotion, uint32_t n,
+                                               const KeyPlan& plan) {
   for (uint32_t head = 0; head < work.heads; ++head) {
     const LaneView lane = work.lane(head);
     if (head > 0 && !gather_head(work, lane, demotion, n)) return false;
-    if (selects_by_scores(rule)) add_scores(lane, work.rows, n, head == 0);
+    if (selects_by_scores(work.sequence->policy.select)) add_scores(lane, work.rows, n, head == 0);
     if constexpr (kDim > 0) {
-      if ((n + demotion.target) * kDim * work.heads * sizeof(float) > kMedoidVectorBytes) {
-        return false;
+      if (plan.resident) {
+        decode_keys<kDim>(lane, work.rows.place, n, {0, kDim}, space.vectors + head * kDim,
+                          kDim * work.heads);
+      } else {
+        auto* const places = reinterpret_cast<uint32_t*>(space.vectors) + head * n;
+        for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) places[i] = work.rows.place[i];
       }
-      decode_keys<kDim>(lane, work.rows, n, space.vectors + head * kDim, kDim * work.heads);
       __syncthreads();  // the next gather writes rows.place
     }
   }
   return true;
 }
 
+// rows.keep of `n` rows for the demotion. Result: false for bad metadata.
 template <int kDim>
-[[nodiscard]] __device__ inline bool choose(const Work& work, const KeySpace& space, uint32_t n,
-                                            uint32_t target) {
+[[nodiscard]] __device__ inline bool choose(const Work& work, const KeySpace& space,
+                                            const Demotion& demotion, uint32_t n) {
+  KeyPlan plan{};
   if constexpr (kDim > 0) {
-    return keep_medoids<kDim>(work, space, n, target);
-  } else {
-    if (work.sequence->policy.select == SelectRule::kAttention) {
-      keep_heaviest(work.rows, n, target);
-    } else {
-      keep_newest(work.rows, n, target);
-    }
-    return true;
+    plan = plan_keys<kDim>(work, n, demotion.target);
+    if (!plan.resident && plan.stream.width == 0) return false;
   }
+  if (!read_rows<kDim>(work, space, demotion, n, plan)) return false;
+  if constexpr (kDim > 0) {
+    keep_medoids<kDim>(work, space, plan);
+  } else if (work.sequence->policy.select == SelectRule::kAttention) {
+    keep_heaviest(work.rows, n, demotion.target);
+  } else {
+    keep_newest(work.rows, n, demotion.target);
+  }
+  return true;
 }
 
 // kDim: of the keys; 0 for the rules that need none. Result: whether tokens were dropped.
@@ -179,8 +243,7 @@ template <int kDim>
   if (first.lane == nullptr) return false;
   const uint32_t n = gather_rows(first, demotion.start, demotion.end, work.rows, work.counts);
   if (n <= demotion.target || demotion.target == 0) return false;
-  bool good = n <= work.rows.room && read_rows<kDim>(work, space, demotion, n) &&
-              choose<kDim>(work, space, n, demotion.target);
+  bool good = n <= work.rows.room && choose<kDim>(work, space, demotion, n);
   for (uint32_t head = 0; head < work.heads && good; ++head) {
     const LaneView lane = work.lane(head);
     good = work.heads == 1 || gather_head(work, lane, demotion, n);

@@ -23,13 +23,14 @@ void check(bool good, const char* what, uint64_t where) {
 
 // ---- the k-means alone ----
 
+// width: dims that are in shared memory at a time; 0, all.
 std::vector<uint8_t> gpu_keep(const std::vector<float>& keys, const std::vector<float>& weights,
-                              uint32_t n, uint32_t dim, uint32_t target) {
+                              uint32_t n, uint32_t dim, uint32_t target, uint32_t width) {
   const DeviceArray<float> k(keys), w(weights.empty() ? std::vector<float>{1.0f} : weights);
   const DeviceArray<uint8_t> keep(n);
   const testing::MedoidCase c{k.data,   weights.empty() ? nullptr : w.data, n, dim, target, 4,
-                              keep.data};
-  const cuda::LaunchSize size{1, cuda::kMedoidThreads, testing::medoid_case_bytes(n, dim, target)};
+                              keep.data, width};
+  const cuda::LaunchSize size{1, cuda::kMedoidThreads, testing::medoid_case_bytes(c)};
   CUDA_OK(cuda::launch(testing::medoids_kernel, size, nullptr, c));
   CUDA_OK(cudaDeviceSynchronize());
   return keep.host();
@@ -43,7 +44,6 @@ void check_medoids(uint32_t trials) {
     const uint32_t dim = dims[trial % 4], most = dim > 128 ? 100 : 140;
     const uint32_t n = 1 + static_cast<uint32_t>(random() % most);
     const uint32_t target = 1 + static_cast<uint32_t>(random() % n);
-    if ((n + target) * cuda::medoid_stride(dim) * 4 > cuda::kMedoidVectorBytes) continue;
     std::vector<float> keys(size_t{n} * dim), weights;
     for (float& x : keys) x = trial % 5 == 4 ? static_cast<float>(random() % 3) : normal(random);
     if (trial % 7 == 6) keys[random() % keys.size()] = std::nanf("");
@@ -57,7 +57,11 @@ void check_medoids(uint32_t trials) {
                                   .dim = dim,
                                   .target = target,
                                   .keep = expected.data()});
-    check(gpu_keep(keys, weights, n, dim, target) == expected, "medoids", trial);
+    const uint32_t bytes = cuda::medoid_vector_bytes(cuda::running_code());
+    if (cuda::medoids_fit(bytes, n, target, cuda::medoid_stride(dim))) {
+      check(gpu_keep(keys, weights, n, dim, target, 0) == expected, "medoids", trial);
+    }
+    check(gpu_keep(keys, weights, n, dim, target, 32) == expected, "streamed medoids", trial);
   }
 }
 
@@ -243,6 +247,10 @@ int run(bool small) {
   demote_all("medoids, head_dim 256", kMedoids, SelectGrain::kKvHead, 1, 2, 2, 256, false);
   demote_all("attention by layer", kAttention, SelectGrain::kLayer, many, layers, 4, 128, !small);
   demote_all("medoids by layer", kMedoids, SelectGrain::kLayer, many, layers, 2, 128, !small);
+  demote_all("medoids by layer of 8 heads", kMedoids, SelectGrain::kLayer, small ? 1 : 32, layers,
+             small ? 3 : 8, 128, !small);
+  demote_all("weighted, by layer of 64", kWeightedMedoids, SelectGrain::kLayer, 1, small ? 1 : 4,
+             small ? 9 : 64, 256, !small);
   if (!small) {
     time_nothing_due(1360, 32, 8);
     time_nothing_due(64, 32, 8);

@@ -20,7 +20,9 @@ struct Case {
   uint32_t iterations = 4;
 };
 
-std::vector<uint8_t> device_keep(const Case& c, uint32_t threads = kMedoidThreads) {
+// width: dims that are in shared memory at a time; 0, all.
+std::vector<uint8_t> device_keep(const Case& c, uint32_t threads = kMedoidThreads,
+                                 uint32_t width = 0) {
   std::vector<uint8_t> keep(c.n, 9);
   const testing::MedoidCase parameters{.keys = c.keys.data(),
                                        .weights = c.weights.empty() ? nullptr : c.weights.data(),
@@ -28,10 +30,10 @@ std::vector<uint8_t> device_keep(const Case& c, uint32_t threads = kMedoidThread
                                        .dim = c.dim,
                                        .target = c.target,
                                        .iterations = c.iterations,
-                                       .keep = keep.data()};
-  const LaunchSize size{.blocks = 1,
-                        .threads = threads,
-                        .shared_bytes = testing::medoid_case_bytes(c.n, c.dim, c.target)};
+                                       .keep = keep.data(),
+                                       .width = width};
+  const LaunchSize size{
+      .blocks = 1, .threads = threads, .shared_bytes = testing::medoid_case_bytes(parameters)};
   EXPECT_EQ(launch(testing::medoids_kernel, size, nullptr, parameters), cudaSuccess);
   return keep;
 }
@@ -55,9 +57,14 @@ std::vector<float> gaussian(std::mt19937_64& random, size_t count) {
   return x;
 }
 
+// With the keys in shared memory, and with as few dims of them as may be.
 void expect_same(const Case& c, const char* what) {
-  EXPECT_EQ(device_keep(c), oracle_keep(c))
-      << what << ": n " << c.n << ", dim " << c.dim << ", target " << c.target;
+  const std::vector<uint8_t> expected = oracle_keep(c);
+  for (const uint32_t width : {0u, kMedoidWidthLeast}) {
+    EXPECT_EQ(device_keep(c, kMedoidThreads, width), expected)
+        << what << ": n " << c.n << ", dim " << c.dim << ", target " << c.target << ", width "
+        << width;
+  }
 }
 
 TEST(CudaMedoids, SameRowsAsTheOracleForRandomKeys) {
@@ -137,8 +144,47 @@ TEST(CudaMedoids, ManyRowsUpToWhatFits) {
            .target = std::min(n, 800 - n),
            .keys = gaussian(random, size_t{n} * 64)};
     c.iterations = 1;
-    ASSERT_LE(c.n + c.target, medoid_rows_max(64));
+    ASSERT_TRUE(medoids_fit(medoid_vector_bytes(90), c.n, c.target, 64));
     expect_same(c, "many");
+  }
+}
+
+// Keys of all heads of a layer: too many dims to be there at once, whatever part of them is.
+TEST(CudaMedoids, KeysOfAWholeLayer) {
+  std::mt19937_64 random(47);
+  Case c{.n = 40, .dim = 1024, .target = 37, .keys = gaussian(random, 40 * 1024)};
+  c.iterations = 2;
+  const std::vector<uint8_t> expected = oracle_keep(c);
+  for (const uint32_t width : {32u, 128u, 256u}) {
+    EXPECT_EQ(device_keep(c, kMedoidThreads, width), expected) << width;
+  }
+}
+
+// Rounding decides which row is nearest: the same values in another order are another distance.
+TEST(CudaMedoids, StreamedSumsKeepTheOraclesOrder) {
+  std::mt19937_64 random(48);
+  for (uint32_t trial = 0; trial < 8; ++trial) {
+    Case c{.n = 24, .dim = 96, .target = 6, .keys = gaussian(random, 24 * 96)};
+    for (size_t i = 0; i < c.keys.size(); i += 1 + random() % 3) c.keys[i] *= 0x1p12f;
+    for (uint32_t row = 0; row < c.n; row += 2) {  // the same values, elsewhere in the row
+      const auto at = c.keys.begin() + row * c.dim;
+      std::copy(at, at + c.dim, at + c.dim);
+      std::rotate(at + c.dim, at + c.dim + 8 * (1 + random() % 8), at + 2 * c.dim);
+    }
+    expect_same(c, "rounding");
+  }
+}
+
+// More items than the threads hold sums for, more centres than there are together, a whole empty
+// cluster in between.
+TEST(CudaMedoids, StreamedInSeveralPasses) {
+  std::mt19937_64 random(49);
+  Case c{.n = 150, .dim = 32, .target = 70, .keys = gaussian(random, 150 * 32)};
+  for (uint32_t i = 0; i < 60 * 32; ++i) c.keys[i] = 2.0f;
+  c.weights.assign(c.n, 1.5f);
+  const std::vector<uint8_t> expected = oracle_keep(c);
+  for (const uint32_t threads : {32u, 96u, kMedoidThreads}) {
+    EXPECT_EQ(device_keep(c, threads, 32), expected) << threads;
   }
 }
 

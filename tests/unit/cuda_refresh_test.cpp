@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "kernels/cuda/refresh.h"
 #include "tests/support/refresh_twins.h"
 
 namespace thinkv::cuda {
@@ -90,6 +91,58 @@ TEST(CudaRefreshShapes, HeadDim256ByLayer) {
               15);
   ASSERT_NO_FATAL_FAILURE(twins.run(160));
   EXPECT_GT(twins.device().counters.demotions, 3u);
+}
+
+// The keys of a layer, or of long segments, do not fit shared memory: whole heads and parts of
+// heads are streamed.
+TEST(CudaRefreshShapes, EightHeadsByLayer) {
+  for (const SelectRule select : {SelectRule::kMedoids, SelectRule::kWeightedMedoids}) {
+    PolicyParams p = halving_policy(64, 16, 80);
+    p.grain = SelectGrain::kLayer;
+    p.select = select;
+    p.thought_format[0] = Format::kNvfp4;
+    const ModelGeometry g =
+        testing::geometry_of({.layers = 1, .kv_heads = 8, .group = 1, .head_dim = 128});
+    ASSERT_FALSE(medoids_fit(medoid_vector_bytes(90), 64, 32, g.kv_heads * g.head_dim));
+    Twins twins(g, p, 18);
+    ASSERT_NO_FATAL_FAILURE(twins.run(136));
+    EXPECT_GT(twins.device().counters.demotions, 1u);
+  }
+}
+
+TEST(CudaRefreshShapes, LongSegmentsOfWideHeadsByLayer) {
+  PolicyParams p = halving_policy(192, 48, 208);
+  p.grain = SelectGrain::kLayer;
+  const ModelGeometry g =
+      testing::geometry_of({.layers = 1, .kv_heads = 2, .group = 1, .head_dim = 256});
+  const MedoidStreamSize size{192, 96, 2, p.kmeans_iterations, 0};
+  ASSERT_EQ(medoid_stream_width(size, 256, medoid_vector_bytes(90)), 128u);
+  Twins twins(g, p, 19);
+  ASSERT_NO_FATAL_FAILURE(twins.run(420));
+  EXPECT_GT(twins.device().counters.demotions, 1u);
+}
+
+TEST(CudaRefreshShapes, ThePapersPolicyIsSupportedForEveryModel) {
+  PolicyParams p = testing::tbe_policy(1024);
+  p.grain = SelectGrain::kLayer;
+  for (const uint32_t head_dim : {64u, 128u, 256u}) {
+    for (const uint32_t heads : {1u, 8u, 64u}) {
+      const ModelGeometry g = testing::geometry_of(
+          {.layers = 2, .kv_heads = heads, .group = 1, .head_dim = head_dim});
+      EXPECT_TRUE(supported(g, p).has_value()) << heads << " x " << head_dim;
+    }
+  }
+  p.kmeans_iterations = 16;
+  p.segment_tokens = 256;
+  const ModelGeometry largest =
+      testing::geometry_of({.layers = 2, .kv_heads = 64, .group = 1, .head_dim = 256});
+  EXPECT_TRUE(supported(largest, p).has_value());
+  p.segment_tokens = 512;  // 128 KiB of places alone
+  EXPECT_FALSE(supported(largest, p).has_value());
+  p.grain = SelectGrain::kKvHead;
+  EXPECT_TRUE(supported(largest, p).has_value());
+  p.segment_tokens = 816;
+  EXPECT_FALSE(supported(largest, p).has_value());
 }
 
 TEST(CudaRefreshScores, TiesGoToTheNewer) {

@@ -48,6 +48,7 @@ class Block {
         fibers_(threads),
         warps_((threads + kWarp - 1) / kWarp),
         exchange_(size_t{threads + kWarp} * kPlace),
+        copies_(threads),
         shared_(std::make_unique<unsigned char[]>(shared_bytes + kAlignment)),
         shared_bytes_(shared_bytes) {
     // A GPU's shared memory holds whatever was there before.
@@ -68,6 +69,7 @@ class Block {
   [[nodiscard]] unsigned char* place(uint32_t lane) {
     return exchange_.data() + size_t{threadIdx.x / kWarp * kWarp + lane} * kPlace;
   }
+  [[nodiscard]] CopyQueue& copies() { return copies_[threadIdx.x]; }
   [[nodiscard]] bool lane_runs(uint32_t lane) const {
     const uint32_t thread = threadIdx.x / kWarp * kWarp + lane;
     return thread < threads_ && !fibers_[thread].done;
@@ -93,6 +95,7 @@ class Block {
   std::vector<Barrier> warps_;
   Barrier whole_;
   std::vector<unsigned char> exchange_;
+  std::vector<CopyQueue> copies_;
   std::unique_ptr<unsigned char[]> shared_;
   uint32_t shared_bytes_;
   context::fiber main_;
@@ -187,6 +190,9 @@ uint32_t dynamic_shared_bytes() {
 }
 bool lane_runs(uint32_t lane) {
   return current->lane_runs(lane);
+}
+CopyQueue& copies() {
+  return current->copies();
 }
 
 }  // namespace thinkv::cuda::emulated

@@ -12,9 +12,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 // ---- names that nvcc has built in ----
 
@@ -64,7 +67,45 @@ using cudaStream_t = struct CUstream_st*;
 inline constexpr cudaError_t cudaSuccess = 0;
 inline constexpr cudaError_t cudaErrorInvalidValue = 1;
 
+namespace thinkv::cuda {
+
+inline constexpr uint32_t kCode = THINKV_CUDA_CODE;
+[[nodiscard]] constexpr uint32_t running_code() {
+  return kCode;
+}
+
+}  // namespace thinkv::cuda
+
 namespace thinkv::cuda::emulated {
+
+// The asynchronous copies of one thread. What is on its way is NaN bits at its destination, and
+// arrives when its group is waited for and not before.
+class CopyQueue {
+ public:
+  static constexpr size_t kBytes = 16;
+
+  void add(unsigned char* to, const unsigned char* from) {
+    std::memset(to, 0xFF, kBytes);
+    open_.push_back({to, from});
+  }
+  void commit() {
+    groups_.push_back(std::move(open_));
+    open_.clear();
+  }
+  void wait(size_t later) {
+    for (; groups_.size() > later; groups_.pop_front()) {
+      for (const Copy& copy : groups_.front()) std::memcpy(copy.to, copy.from, kBytes);
+    }
+  }
+
+ private:
+  struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+  };
+  std::vector<Copy> open_;
+  std::deque<std::vector<Copy>> groups_;
+};
 
 // Runs `blocks` blocks of `threads` threads; `body` is one thread's kernel.
 void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
@@ -79,6 +120,7 @@ void block_barrier();
 [[nodiscard]] uint32_t dynamic_shared_bytes();
 // True where the thread has not returned: a warp's last threads may be missing.
 [[nodiscard]] bool lane_runs(uint32_t lane);
+[[nodiscard]] CopyQueue& copies();  // of the running thread
 
 // Every lane gives a value, then sees those of all.
 template <class T>
@@ -184,6 +226,12 @@ template <class T>
 T atomicMax(T* where, std::type_identity_t<T> value) {
   const T old = *where;
   if (value > old) *where = value;
+  return old;
+}
+template <class T>
+T atomicMin(T* where, std::type_identity_t<T> value) {
+  const T old = *where;
+  if (value < old) *where = value;
   return old;
 }
 template <class T>

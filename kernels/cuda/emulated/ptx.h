@@ -1,8 +1,8 @@
 // ptx.h: the functions of ptx.cuh for the emulator.
 //
 // Matrix instructions multiply in fp32 and add in fp32, in order of k: not the hardware's order,
-// so results agree with it to rounding. A bulk copy happens at once, so its barriers do nothing
-// but check that what was announced was copied.
+// so results agree with it to rounding. A bulk copy happens at once, so its barriers do nothing;
+// copies of 16 bytes arrive when they are waited for (CopyQueue).
 #pragma once
 
 #include <bit>
@@ -133,6 +133,20 @@ inline uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
   std::memcpy(&v, shared_pointer(address, 4), 4);
   return v;
+}
+
+inline void copy_16_async(bool active, uint32_t shared, uint64_t global) {
+  if (!active) return;
+  if (global % emulated::CopyQueue::kBytes != 0) emulated::ptx_stop("misaligned asynchronous copy");
+  emulated::copies().add(shared_pointer(shared, emulated::CopyQueue::kBytes),
+                         reinterpret_cast<const unsigned char*>(global));
+}
+inline void commit_copies() {
+  emulated::copies().commit();
+}
+template <uint32_t kLater>
+void wait_copies() {
+  emulated::copies().wait(kLater);
 }
 
 inline void barrier_init(uint32_t, uint32_t) {}

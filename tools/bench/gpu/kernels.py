@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
                        help="no case is begun after this many (480)")
     parse.add_argument("--resources", action="store_true",
                        help="registers, local and shared bytes and instruction counts of each "
-                            "kernel; needs no GPU")
+                            "kernel of the tree; needs no GPU")
+    parse.add_argument("--arch", metavar="80|90|100",
+                       help="architecture of --resources: the GPU's, 90 where there is none")
     return parse
 
 
@@ -196,7 +198,7 @@ def main(command: list[str]) -> int:
     if arguments.resources:
         from . import resources
 
-        return resources.main(arguments.json)
+        return resources.main(arguments.json, arguments.arch)
     reason = machine.missing()
     if reason is not None:
         print(f"bench: {reason}", file=sys.stderr)

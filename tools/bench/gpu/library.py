@@ -21,7 +21,9 @@ SOURCES = {
     "stream": [HERE / "stream.cu"],
     # launch_attend and what it launches.
     "lanes": [HERE / "lanes.cu", *sorted(KERNELS.glob("attention*.cu")),
-              *sorted(KERNELS.glob("emission*.cu"))],
+              *sorted(KERNELS.glob("emission*.cu")), KERNELS / "running_code.cu"],
+    # All of ours, for a report of what the compiler made of them; never linked.
+    "kernels": sorted(KERNELS.glob("*.cu")),
 }
 
 
@@ -66,23 +68,29 @@ def _run(command: list[str]) -> None:
         raise Unavailable(f"nvcc failed:\n{done.stderr[-2000:]}")
 
 
-def build(name: str, arch: str) -> Path:
-    """Compiles what changed. A library in THINKV_BENCH_LIB_DIR is taken as it is."""
-    target = path_of(name)
-    if "THINKV_BENCH_LIB_DIR" in os.environ and target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+def compile_sources(name: str, arch: str) -> list[Path]:
+    """Compiles what changed. Result: the objects."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
     changed = newest_header()
-    objects = {source: target.with_name(f"{name}_{source.stem}_{arch}.o")
-               for source in SOURCES[name]}
+    # Libraries share the objects of the sources that they have in common.
+    objects = {source: FOLDER / f"{source.stem}_{arch}.o" for source in SOURCES[name]}
     stale = [source for source, made in objects.items() if not made.exists()
              or made.stat().st_mtime < max(changed, source.stat().st_mtime)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: _run([nvcc(), "-c", *flags(arch), str(source), "-o",
                                            str(objects[source])]), stale))
-    if stale or not target.exists():
+    return list(objects.values())
+
+
+def build(name: str, arch: str) -> Path:
+    """Links what changed. A library in THINKV_BENCH_LIB_DIR is taken as it is."""
+    target = path_of(name)
+    if "THINKV_BENCH_LIB_DIR" in os.environ and target.exists():
+        return target
+    objects = compile_sources(name, arch)
+    if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         fresh = target.with_suffix(".new")
-        _run([nvcc(), "-shared", *flags(arch), *map(str, objects.values()), "-o", str(fresh)])
+        _run([nvcc(), "-shared", *flags(arch), *map(str, objects), "-o", str(fresh)])
         fresh.replace(target)
     return target
 

@@ -1,6 +1,6 @@
-"""bench kernels --resources: what the compiler made of each kernel of the attention library.
+"""bench kernels --resources: what the compiler made of each of our kernels, for one architecture.
 
-Shared bytes are the static ones; what a launch asks for besides is not in the binary. Instruction
+What spills is in local memory: a stack, LDL and STL among the opcodes. Shared bytes are the static ones; what a launch asks for besides is not in the binary. Instruction
 counts are of the code as it stands, so unrolled tiles count as often as they are written.
 """
 
@@ -83,10 +83,13 @@ def _readable(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short)) if len(short) == len(names) else {n: n for n in names}
 
 
-def collect(path: Path) -> list[dict[str, object]]:
+def collect(paths: list[Path]) -> list[dict[str, object]]:
     dump = _tool("cuobjdump")
-    usage = parse_usage(_lines(dump, "--dump-resource-usage", str(path)))
-    sass = parse_sass(_lines(dump, "--dump-sass", str(path)))
+    usage: dict[str, dict[str, int]] = {}
+    sass: dict[str, Counter[str]] = {}
+    for path in paths:
+        usage |= parse_usage(_lines(dump, "--dump-resource-usage", str(path)))
+        sass |= parse_sass(_lines(dump, "--dump-sass", str(path)))
     readable = _readable(list(usage))
     rows = []
     for name, numbers in usage.items():
@@ -115,9 +118,9 @@ def _architecture() -> str:
         return "90"
 
 
-def main(json_path: str | None) -> int:
+def main(json_path: str | None, arch: str | None) -> int:
     try:
-        rows = collect(library.build("lanes", _architecture()))
+        rows = collect(library.compile_sources("kernels", arch or _architecture()))
     except library.Unavailable as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 77
