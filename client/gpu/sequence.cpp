@@ -166,7 +166,8 @@ Status GpuSequence::set_budget(uint32_t budget_tokens) {
   const cuda::ContextScope context(engine_->gpu());
   return GpuEngine::launched(
       engine_->kernels().budget(engine_->view(), root_.raw(),
-                                kernels::budget_in_tokens(budget_tokens, policy_), engine_->stream()),
+                                kernels::budget_in_tokens(budget_tokens, policy_),
+                                engine_->stream()),
       "budget");
 }
 
