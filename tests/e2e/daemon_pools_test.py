@@ -127,6 +127,18 @@ class Isolation(PoolsCase):
         self.assertEqual(pools["right"]["clients_ended"]["killed"], 0)
         self.assertEqual(mine.call(raw.PING)[1], raw.OK)
 
+    def test_memory_of_an_ended_engine_is_made_anew_in_its_own_pool(self):
+        self.start()
+        mine = self.engine("left", 100)
+        holder = self.hold("right")
+        holder.kill()
+        self.wait_status(lambda s: assigned(s)["right"] == 0)
+        again = self.engine("right", 1000)
+        self.assertEqual(assigned(self.status()), {"left": 1, "right": 2})
+        self.assertEqual(again.call(raw.PING)[1], raw.OK)
+        self.assertEqual(self.need(mine, 1500), raw.OK)
+        self.assertNotIn("cannot be made", self.log_text())
+
     def test_one_process_in_both_pools_gives_both_back(self):
         self.start()
         holder = self.hold("left", "right")
@@ -194,6 +206,31 @@ class Operation(PoolsCase):
         limits = {t["pool"]: t["limit_bytes"] for t in self.status()["tenants"]}
         self.assertEqual(limits, {"left": 2 << 20, "right": 2 << 20})
         self.assertIn('is more than the bytes of pool "left" (4MiB)', self.log_text())
+
+    def test_a_reload_that_one_pool_cannot_take_changes_no_other(self):
+        # A tenant that was removed keeps its place while it has a client: after 32 of them in the
+        # right pool there is no place for a new one there, and there is on the left.
+        def reload(number):
+            self.config.write_text(self.config.read_text().replace(
+                f"name: t{number - 1},", f"name: t{number},").replace(
+                f"default_tenant: t{number - 1}", f"default_tenant: t{number}"))
+            before = self.status()["config"]
+            self.daemon.send_signal(signal.SIGHUP)
+            return self.wait_status(lambda s: s["config"]["reloads"] > before["reloads"] or
+                                    s["config"]["reloads_failed"] > before["reloads_failed"])
+
+        self.write_config()
+        self.config.write_text(self.config.read_text().replace("name: default,", "name: t0,") +
+                               "default_tenant: t0\n")
+        self.start()
+        engines = []
+        for number in range(1, 33):
+            engines.append(raw.Engine(self.socket, pool=b"right"))
+            status = reload(number)
+            self.assertEqual(status["config"]["reloads_failed"], 1 if number == 32 else 0)
+        self.assertIn("pool 'right': too many tenants", status["config"]["problems"])
+        left = [tenant["name"] for tenant in status["tenants"] if tenant["pool"] == "left"]
+        self.assertEqual(left, ["t31"])
 
     def test_pools_are_fixed_until_a_restart(self):
         self.start()

@@ -1,12 +1,15 @@
 // The report as JSON and as metrics, and the numbers with units of the files.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/scalars.h"
 #include "daemon/ops/status.h"
+#include "daemon/ops/totals.h"
 
 namespace thinkv::ops {
 namespace {
@@ -100,6 +103,26 @@ TEST(Status, APolicyOfSeveralPoolsIsShownOnceUnlessReplaced) {
   policies = nlohmann::json::parse(status_json(report))["policies"];
   ASSERT_EQ(policies.size(), 2u);
   EXPECT_EQ(policies[1]["sequences"], 5);
+}
+
+TEST(Totals, EveryCounterIsAddedUp) {
+  constexpr size_t kWords = sizeof(core::Counters) / sizeof(uint64_t);
+  std::array<uint64_t, kWords> words{};
+  for (size_t i = 0; i < kWords; ++i) words[i] = i + 1;
+  Report report;
+  for (int pool = 0; pool < 3; ++pool) {
+    report.pools.emplace_back();
+    core::Counters& counters = report.pools.back().snapshot.counters;
+    std::memcpy(static_cast<void*>(&counters), words.data(), sizeof counters);
+    report.pools.back().snapshot.extent_bytes = 64;
+  }
+  const core::Snapshot total = total_of(report);
+  std::array<uint64_t, kWords> sums{};
+  std::memcpy(sums.data(), &total.counters, sizeof total.counters);
+  for (size_t i = 0; i < kWords; ++i) EXPECT_EQ(sums[i], 3 * (i + 1)) << "word " << i;
+  EXPECT_EQ(total.extent_bytes, 64u);
+  report.pools[2].snapshot.extent_bytes = 32;
+  EXPECT_EQ(total_of(report).extent_bytes, 0u);
 }
 
 TEST(Metrics, SeveralPoolsAreToldApartByTheirLabel) {
