@@ -36,6 +36,7 @@ struct FakeFaults {
   const char* backend = "host";
   DeviceUuid device = {};
   uint64_t extent_bytes = limits::kExtentBytesMin;
+  uint32_t pages = 0;  // of head_dim 64 in one extent, which is sent after Welcome; 0: no extent
   std::vector<protocol::PoolEntry> pools = {};  // what a Hello that names none is told
   uint32_t pools_count_more = 0;                // than there are
   bool pools_always = false;                    // also a Hello that names one
@@ -165,6 +166,12 @@ class FakeDaemon {
     std::snprintf(reply.daemon_version, sizeof reply.daemon_version, "%s", "test");
     send(peer, protocol::MessageType::kWelcome, request_id, reply,
          {daemon_fd_.get(), client_fd_.get(), bell_.get()});
+    if (faults_.pages > 0) {
+      extent_fd_ = sealed_memfd(faults_.extent_bytes);
+      send(peer, protocol::MessageType::kExtent, 0, extent_message(0, faults_.extent_bytes),
+           {extent_fd_.get()});
+    }
+    if (rings_) rings_->start();  // after the extent, so that no page is granted before it
   }
 
   void map_regions() {
@@ -175,8 +182,8 @@ class FakeDaemon {
     daemon_->magic = faults_.wrong_magic ? 0 : shm::kMagicDaemon;
     daemon_->protocol_major = kProtocolMajor;
     daemon_->boot_epoch = faults_.wrong_epoch ? 41 : 42;
-    rings_ = std::make_unique<RingDaemon>(RingDaemon::Options{.out = daemon_, .in = client_});
-    rings_->start();
+    rings_ = std::make_unique<RingDaemon>(
+        RingDaemon::Options{.out = daemon_, .in = client_, .pages = faults_.pages});
   }
 
   template <class Body>
@@ -212,6 +219,7 @@ class FakeDaemon {
   UniqueFd daemon_fd_;
   UniqueFd client_fd_;
   UniqueFd bell_;
+  UniqueFd extent_fd_;
   shm::DaemonRegion* daemon_ = nullptr;
   shm::ClientRegion* client_ = nullptr;
   uint32_t models_ = 0;
