@@ -25,6 +25,12 @@ std::string client_name(const char* given) {
   return set != nullptr && set[0] != '\0' ? set : program_invocation_short_name;
 }
 
+std::string pool_name(const char* given) {
+  if (given != nullptr && given[0] != '\0') return given;
+  const char* set = std::getenv("THINKV_POOL");
+  return set != nullptr ? set : "";
+}
+
 Result<Pinned<Client>> pin_client(thinkv_client* client) {
   return Pinned<Client>::get(to_handle(client), HandleKind::kClient, Use::kShared);
 }
@@ -37,6 +43,7 @@ Status open_client_with(const thinkv_client_options* options, thinkv_client** cl
   if (options != nullptr) {
     THINKV_TRY(read_options("client options", *options, offsetof(thinkv_client_options, timeout_ms),
                             known));
+    THINKV_TRY(check_reserved("client options", known.reserved0));
     THINKV_TRY(check_reserved("client options", known.reserved));
   }
   if (known.threads > 1024) {
@@ -48,7 +55,8 @@ Status open_client_with(const thinkv_client_options* options, thinkv_client** cl
                                .client_name = client_name(known.client_name),
                                .timeout = known.timeout_ms == 0
                                               ? std::chrono::milliseconds(10'000)
-                                              : std::chrono::milliseconds(known.timeout_ms)};
+                                              : std::chrono::milliseconds(known.timeout_ms),
+                               .pool = pool_name(known.pool_name)};
   return open_into(client, "client", [&] { return open_client(session, threads); });
 }
 
@@ -57,13 +65,14 @@ Status pool_stats(thinkv_client* client, thinkv_pool_stats* stats) {
   THINKV_ASSIGN_OR_RETURN(const PoolUse use, pin->session->pool_use());
   thinkv_pool_stats known{};
   std::snprintf(known.backend, sizeof(known.backend), "%s", pin->session->backend());
+  std::snprintf(known.pool_name, sizeof(known.pool_name), "%s", pin->session->pool());
   known.pool_bytes = use.pool_bytes;
   known.pool_free_bytes = use.pool_free_bytes;
   known.tenant_used_bytes = use.tenant_used_bytes;
   known.tenant_limit_bytes = use.tenant_limit_bytes;
   known.client_granted_bytes = use.granted_bytes;
   known.client_leased_bytes = use.leased_bytes;
-  return write_stats("pool stats", known, offsetof(thinkv_pool_stats, reserved), stats);
+  return write_stats("pool stats", known, offsetof(thinkv_pool_stats, pool_name), stats);
 }
 
 Status open_model_with(thinkv_client* client, const thinkv_model_options* options,

@@ -29,6 +29,7 @@ constexpr Expected kFromDaemon[] = {
     {MessageType::kPolicyReply, sizeof(protocol::PolicyReply), 0},
     {MessageType::kStatusReply, sizeof(protocol::StatusReply), 1},
     {MessageType::kExtent, sizeof(protocol::Extent), 1},
+    {MessageType::kPools, sizeof(protocol::Pools), 0},
 };
 
 Error broken(const char* what) {

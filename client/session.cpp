@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "client/error_text.h"
+#include "client/pool_choice.h"
 #include "thinkv/version.h"
 
 namespace thinkv::client {
@@ -60,7 +61,7 @@ Result<std::unique_ptr<Session>> Session::open(const SessionOptions& options) {
   THINKV_ASSIGN_OR_RETURN(ControlSocket socket, ControlSocket::connect(options.socket_path));
   std::unique_ptr<Session> session(new Session(std::move(socket), options.timeout));
   const std::lock_guard lock(session->mutex_);
-  THINKV_TRY(session->say_hello(options));
+  THINKV_TRY(session->attach(options));
   THINKV_TRY(session->take_welcome(session->inbox_));
   THINKV_TRY(session->map_regions(session->inbox_));
   session->start_rings();
@@ -74,13 +75,30 @@ Session::~Session() {
   if (channel_) static_cast<void>(socket_.send_empty(MessageType::kBye, 0));
 }
 
-Status Session::say_hello(const SessionOptions& options) {
+Status Session::attach(const SessionOptions& options) {
+  if (options.pool.size() >= limits::kNameMax) {
+    return describe(ErrorCode::kInvalidArgument, "a pool's name has at most %zu bytes",
+                    limits::kNameMax - 1);
+  }
+  THINKV_TRY(say_hello(options, options.pool));
+  if (inbox_.type() == MessageType::kWelcome) return {};
+  THINKV_ASSIGN_OR_RETURN(const std::string pool, choose_pool(inbox_.body_as<protocol::Pools>()));
+  // A new connection: the daemon does not wait for a driver to be loaded.
+  THINKV_ASSIGN_OR_RETURN(socket_, ControlSocket::connect(options.socket_path));
+  THINKV_TRY(say_hello(options, pool));
+  if (inbox_.type() == MessageType::kWelcome) return {};
+  return describe(ErrorCode::kUnavailable, "thinkvd does not take the name of its pool '%s'",
+                  pool.c_str());
+}
+
+Status Session::say_hello(const SessionOptions& options, const std::string& pool) {
   protocol::Hello hello{};
   hello.protocol_major = kProtocolMajor;
   hello.protocol_minor = kProtocolMinor;
   hello.role = static_cast<uint32_t>(protocol::ClientRole::kEngine);
   copy_text(hello.client_name, options.client_name);
   copy_text(hello.library_version, kVersionText);
+  copy_text(hello.pool, pool);
   // A pidfd of our own making cannot mean another process, as a pid read later could. Kernels or
   // sandboxes without it: the daemon opens one itself.
   const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0)));
@@ -93,6 +111,7 @@ Status Session::take_welcome(ControlMessage& message) {
   welcome_ = message.body_as<protocol::Welcome>();
   welcome_.backend[sizeof(welcome_.backend) - 1] = '\0';
   welcome_.daemon_version[sizeof(welcome_.daemon_version) - 1] = '\0';
+  welcome_.pool[sizeof(welcome_.pool) - 1] = '\0';
   if (welcome_.protocol_major != kProtocolMajor) {
     return describe(ErrorCode::kVersionMismatch,
                     "thinkvd %s speaks protocol %u, this library (%s) speaks %u: upgrade one",
@@ -197,7 +216,8 @@ Status Session::await_reply(MessageType wanted) {
                             socket_.receive(inbox_, static_cast<int>(left.count())));
     if (!arrived) continue;
     const uint32_t id = inbox_.header.request_id;
-    if (inbox_.type() == wanted && id == request_id_) return {};
+    const bool pools = wanted == MessageType::kWelcome && inbox_.type() == MessageType::kPools;
+    if ((inbox_.type() == wanted || pools) && id == request_id_) return {};
     if (inbox_.type() == MessageType::kRefused && id == request_id_) {
       return refused(inbox_.body_as<protocol::Refused>());
     }

@@ -31,6 +31,8 @@ struct SessionOptions {
   std::string socket_path;
   std::string client_name;  // cut to limits::kNameMax - 1 bytes
   std::chrono::milliseconds timeout{10'000};
+  // Its name or its GPU's UUID; empty: the only pool, else that of this thread's current GPU.
+  std::string pool = {};
 };
 
 struct PolicyEntry {
@@ -65,7 +67,8 @@ struct PoolUse {
 class Session {
  public:
   // Errors: kUnavailable, kVersionMismatch, kPermission, kExhausted (too many clients, or no
-  // memory on the GPU), kUnsupported (no driver, or the pool's GPU is not visible), kDeviceFailed.
+  // memory on the GPU), kUnsupported (no driver, or the pool's GPU is not visible), kDeviceFailed,
+  // kNotFound (no such pool), kInvalidArgument (several pools, and which one is not clear).
   [[nodiscard]] static Result<std::unique_ptr<Session>> open(const SessionOptions& options);
   ~Session();
   Session(const Session&) = delete;
@@ -89,6 +92,7 @@ class Session {
   [[nodiscard]] std::unique_ptr<LeaseSource> make_source(uint32_t page_class);
   void add_counters(const CounterDelta& delta);
   [[nodiscard]] const char* backend() const { return welcome_.backend; }
+  [[nodiscard]] const char* pool() const { return welcome_.pool; }  // its name
   // Where the extents lie on the GPU; null on the host backend.
   [[nodiscard]] const DeviceWindow* device_window() const { return window_.get(); }
   // For latency measurements: 0 makes every round trip sleep.
@@ -108,7 +112,11 @@ class Session {
     Clock::time_point asked;
   };
 
-  [[nodiscard]] Status say_hello(const SessionOptions& options);
+  // Says Hello, a second time on a new connection where the pool must be chosen; the Welcome is in
+  // inbox_ then.
+  [[nodiscard]] Status attach(const SessionOptions& options);
+  // The answer, Welcome or Pools, is in inbox_.
+  [[nodiscard]] Status say_hello(const SessionOptions& options, const std::string& pool);
   [[nodiscard]] Status take_welcome(ControlMessage& message);
   [[nodiscard]] Status map_regions(ControlMessage& message);
   void start_rings();

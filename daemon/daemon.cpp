@@ -46,12 +46,12 @@ ipc::ServerOptions server_options(const ops::Config& config) {
   return options;
 }
 
-device::DeviceOptions device_options(const ops::Config& config) {
+device::DeviceOptions device_options(const ops::PoolSettings& pool) {
   device::DeviceOptions options;
-  options.kind = config.backend == ops::Backend::kCuda ? device::Kind::kCuda : device::Kind::kHost;
-  options.gpu = config.device;
-  options.pool_bytes = config.pool_bytes;
-  options.extent_bytes = config.extent_bytes;
+  options.kind = pool.backend == ops::Backend::kCuda ? device::Kind::kCuda : device::Kind::kHost;
+  options.gpu = pool.device;
+  options.pool_bytes = pool.bytes;
+  options.extent_bytes = pool.extent_bytes;
   return options;
 }
 
@@ -92,6 +92,17 @@ ops::ClientReport report_of(const ipc::Server::ClientView& view) {
   return to;
 }
 
+// "gpu0 on backend cuda with 64 GiB, ..."
+std::string describe(const ops::Config& config) {
+  std::string text;
+  for (const ops::PoolSettings& pool : config.pools) {
+    text.append(text.empty() ? "" : ", ").append(pool.name).append(" on backend ");
+    text.append(pool.backend == ops::Backend::kCuda ? "cuda" : "host").append(" with ");
+    text.append(ops::format_bytes(pool.bytes));
+  }
+  return text;
+}
+
 std::vector<ops::PolicyReport> report_of(const ops::PolicySet& set) {
   std::vector<ops::PolicyReport> reports;
   for (const ops::Policy& policy : set.policies) {
@@ -125,20 +136,22 @@ std::optional<Settings> load_settings(const Overrides& overrides,
       ops::load_policies(directories, config.policy_files, problems);
   if (!policies) return std::nullopt;
   settings.policies = std::move(*policies);
-  const core::Config for_core = core_config(settings);
-  std::string why;
-  if (!core::validate({config.pool_bytes, config.extent_bytes}, for_core, &why)) {
+  for (const ops::PoolSettings& pool : config.pools) {
+    std::string why;
+    if (core::validate({pool.bytes, pool.extent_bytes}, core_config(settings, pool), &why))
+      continue;
+    if (config.pools.size() > 1) why = "pool '" + pool.name + "': " + why;
     problems->push_back(config.file.empty() ? why : config.file + ": " + why);
     return std::nullopt;
   }
   return settings;
 }
 
-core::Config core_config(const Settings& settings) {
+core::Config core_config(const Settings& settings, const ops::PoolSettings& pool) {
   core::Config config;
   for (const ops::TenantSettings& tenant : settings.config.tenants) {
-    config.tenants.push_back({tenant.name, tenant.uids, tenant.gids, tenant.reserve_bytes,
-                              tenant.limit_bytes, tenant.weight, tenant.priority});
+    config.tenants.push_back({tenant.name, tenant.uids, tenant.gids, tenant.reserve.of(pool.bytes),
+                              tenant.limit.of(pool.bytes), tenant.weight, tenant.priority});
   }
   config.default_tenant = settings.config.default_tenant;
   for (const ops::Policy& policy : settings.policies.policies) {
@@ -158,19 +171,20 @@ Result<std::unique_ptr<Daemon>> Daemon::create(const Overrides& overrides, Setti
   THINKV_ASSIGN_OR_RETURN(
       ipc::Listener listener,
       ipc::Listener::open(config.socket_path, mode_of(config.socket_access), why));
-  THINKV_ASSIGN_OR_RETURN(daemon->device_, device::make_device(device_options(config), why));
-  THINKV_ASSIGN_OR_RETURN(daemon->service_,
-                          core::Service::create({config.pool_bytes, config.extent_bytes},
-                                                core_config(daemon->settings_), why));
+  ops::Report& report = daemon->report_;
+  std::vector<ipc::ServedPool> served;
+  for (const ops::PoolSettings& pool : config.pools) {
+    THINKV_TRY(daemon->make_pool(pool, why));
+    const Pool& made = daemon->pools_.back();
+    const DeviceUuid gpu = made.device->uuid();
+    served.push_back({pool.name, made.device->name(), gpu, pool.extent_bytes, made.service.get()});
+    report.pools.push_back(
+        {pool.name, made.device->name(), gpu.is_none() ? "" : device_uuid_text(gpu), {}});
+  }
   ipc::ServerOptions options = server_options(config);
   options.boot_epoch = realtime_ns();
-  options.backend = daemon->device_->name();
-  options.device_uuid = daemon->device_->uuid();
-  options.extent_bytes = config.extent_bytes;
-  daemon->server_ = std::make_unique<ipc::Server>(options, std::move(listener),
-                                                  daemon->service_.get(), daemon.get());
-  ops::Report& report = daemon->report_;
-  report.backend = options.backend;
+  daemon->server_ =
+      std::make_unique<ipc::Server>(options, std::move(listener), std::move(served), daemon.get());
   report.socket = config.socket_path;
   report.config_file = config.file;
   report.boot_epoch = options.boot_epoch;
@@ -181,6 +195,24 @@ Result<std::unique_ptr<Daemon>> Daemon::create(const Overrides& overrides, Setti
   daemon->start_metrics();
   daemon->arm_signals();
   return daemon;
+}
+
+Status Daemon::make_pool(const ops::PoolSettings& settings, std::string* why) {
+  Pool pool;
+  const auto make = [&]() -> Status {
+    THINKV_ASSIGN_OR_RETURN(pool.device, device::make_device(device_options(settings), why));
+    THINKV_ASSIGN_OR_RETURN(pool.service,
+                            core::Service::create({settings.bytes, settings.extent_bytes},
+                                                  core_config(settings_, settings), why));
+    return {};
+  };
+  const Status made = make();
+  if (!made) {
+    if (settings_.config.pools.size() > 1) *why = "pool '" + settings.name + "': " + *why;
+    return made;
+  }
+  pools_.push_back(std::move(pool));
+  return {};
 }
 
 // Without metrics the pool still serves: pages in use matter more than the view of them.
@@ -221,9 +253,8 @@ void Daemon::on_signal(int signal) {
 
 Status Daemon::run() {
   const ops::Config& config = settings_.config;
-  spdlog::info("serving on {}, pool {} on backend {}, {} policies, metrics {}", config.socket_path,
-               ops::format_bytes(config.pool_bytes), device_->name(),
-               settings_.policies.policies.size(), report_.metrics);
+  spdlog::info("serving on {}, pool {}, {} policies, metrics {}", config.socket_path,
+               describe(config), settings_.policies.policies.size(), report_.metrics);
   tick();
   ops::notify_ready();
   const Status done = server_->run();
@@ -259,8 +290,11 @@ bool Daemon::try_reload(std::vector<std::string>* problems) {
   const std::vector<std::string> fixed = ops::restart_keys(settings_.config, next->config);
   for (const std::string& key : fixed) problems->push_back(key + ": a change needs a restart");
   if (!fixed.empty()) return false;
-  const core::Config config = core_config(*next);
-  const core::ReloadResult taken = server_->reload(config);
+  std::vector<core::Config> configs;
+  for (const ops::PoolSettings& pool : next->config.pools) {
+    configs.push_back(core_config(*next, pool));
+  }
+  const core::ReloadResult taken = server_->reload(configs);
   if (taken.code != ErrorCode::kOk) {
     problems->push_back(taken.text);
     return false;
@@ -272,16 +306,16 @@ bool Daemon::try_reload(std::vector<std::string>* problems) {
   return true;
 }
 
-Status Daemon::create_extent(ExtentId extent, uint64_t bytes) {
-  return device_->create_extent(extent, bytes);
+Status Daemon::create_extent(PoolIndex pool, ExtentId extent, uint64_t bytes) {
+  return pools_[pool.value()].device->create_extent(extent, bytes);
 }
 
-void Daemon::release_extent(ExtentId extent) {
-  device_->release_extent(extent);
+void Daemon::release_extent(PoolIndex pool, ExtentId extent) {
+  pools_[pool.value()].device->release_extent(extent);
 }
 
-Result<int> Daemon::export_fd(ExtentId extent) const {
-  return device_->export_fd(extent);
+Result<int> Daemon::export_fd(PoolIndex pool, ExtentId extent) const {
+  return pools_[pool.value()].device->export_fd(extent);
 }
 
 std::string Daemon::status_json() {
@@ -296,7 +330,9 @@ void Daemon::tick() {
 }
 
 void Daemon::fill_report() {
-  service_->snapshot(&report_.snapshot);
+  for (size_t i = 0; i < pools_.size(); ++i) {
+    pools_[i].service->snapshot(&report_.pools[i].snapshot);
+  }
   report_.now_ns = ipc::monotonic_ns();
   report_.uptime_ns = report_.now_ns - started_ns_;
   report_.clients.clear();

@@ -36,7 +36,8 @@ struct Settings {
 // The file, its policies and the overrides. nullopt: see `problems`, one a line.
 [[nodiscard]] std::optional<Settings> load_settings(const Overrides& overrides,
                                                     std::vector<std::string>* problems);
-[[nodiscard]] core::Config core_config(const Settings& settings);
+// What the core of one of the pools must know.
+[[nodiscard]] core::Config core_config(const Settings& settings, const ops::PoolSettings& pool);
 
 class Daemon final : public ipc::Host {
  public:
@@ -47,14 +48,15 @@ class Daemon final : public ipc::Host {
   // Until SIGTERM or SIGINT. SIGHUP reloads.
   [[nodiscard]] Status run();
 
-  [[nodiscard]] Status create_extent(ExtentId extent, uint64_t bytes) override;
-  void release_extent(ExtentId extent) override;
-  [[nodiscard]] Result<int> export_fd(ExtentId extent) const override;
+  [[nodiscard]] Status create_extent(PoolIndex pool, ExtentId extent, uint64_t bytes) override;
+  void release_extent(PoolIndex pool, ExtentId extent) override;
+  [[nodiscard]] Result<int> export_fd(PoolIndex pool, ExtentId extent) const override;
   [[nodiscard]] std::string status_json() override;
   void tick() override;
 
  private:
   Daemon(const Overrides& overrides, Settings settings);
+  [[nodiscard]] Status make_pool(const ops::PoolSettings& settings, std::string* why);
   void start_metrics();
   void arm_signals();
   void on_signal(int signal);
@@ -65,8 +67,11 @@ class Daemon final : public ipc::Host {
 
   Overrides overrides_;
   Settings settings_;
-  std::unique_ptr<device::Device> device_;
-  std::unique_ptr<core::Service> service_;
+  struct Pool {
+    std::unique_ptr<device::Device> device;
+    std::unique_ptr<core::Service> service;
+  };
+  std::vector<Pool> pools_;  // in the order of the configuration
   std::unique_ptr<ipc::Server> server_;
   std::unique_ptr<boost::asio::signal_set> signals_;
   std::unique_ptr<ops::Metrics> metrics_;

@@ -50,7 +50,8 @@ int run(const Arguments& arguments) {
   if (!settings) return 2;
   if (arguments.check_config) {
     const std::string& file = arguments.overrides.config_file;
-    std::printf("%s: ok, %zu tenants, %zu policies\n", file.empty() ? "defaults" : file.c_str(),
+    std::printf("%s: ok, %zu pools, %zu tenants, %zu policies\n",
+                file.empty() ? "defaults" : file.c_str(), settings->config.pools.size(),
                 settings->config.tenants.size(), settings->policies.policies.size());
     return 0;
   }

@@ -1,7 +1,6 @@
 #include "client/gpu/batch.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "client/error_text.h"
 #include "kernels/cuda/device_format.h"
@@ -60,8 +59,7 @@ Status GpuBatch::make_memory() {
   const uint64_t lane_pages = options_.tokens_max / kTokensPerPage + kSparePages;
   const uint64_t pages = lanes_ * lane_pages;
   if (pages > 0xFFFF'FFFFu) return make_error(kInvalidArgument, "tokens_max is too large");
-  softmax_scale_ =
-      g.softmax_scale > 0.0f ? g.softmax_scale : 1.0f / std::sqrt(static_cast<float>(g.head_dim));
+  softmax_scale_ = softmax_scale_of(g);
   // The larger of the two shapes: use_policy() chooses.
   shape_ = kernels.attend_shape(engine_->multiprocessors(), lanes_, g.head_dim, true);
   const auto device = [&](GpuMemory& memory, uint64_t bytes) -> Status {
@@ -229,7 +227,8 @@ Status GpuBatch::poll() {
   return {};
 }
 
-// What the rows can take in their next `steps` steps.
+// What the rows can take in their next `steps` steps. Errors: kUnsupported (a lane's table),
+// kInvalidArgument (the list), both by upper bounds of what the lanes hold.
 Result<uint64_t> GpuBatch::pages_of_steps(uint32_t steps) {
   uint64_t pages = 0, listed = 0;
   const uint64_t heads = engine_->geometry().kv_heads;
@@ -261,8 +260,9 @@ Status GpuBatch::reserve(uint32_t steps) {
   const auto lock = engine_->lock();
   THINKV_TRY(poll());
   Result<uint64_t> pages = pages_of_steps(steps);
-  if (!pages && pages.error().code == kInvalidArgument && !history_.empty()) {
-    // The bound may be far above what the GPU holds: ask it.
+  if (!pages && !history_.empty()) {
+    // It failed by a bound, of the list or of a lane's table, that may be far above what the GPU
+    // holds: ask it.
     THINKV_TRY(engine_->refuse_capture("pages cannot be reserved"));
     THINKV_TRY(engine_->synchronise());
     THINKV_TRY(poll());

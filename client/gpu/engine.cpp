@@ -111,13 +111,22 @@ Status GpuEngine::refuse_capture(const char* what) const {
 
 Status GpuEngine::check_pointer(const char* name, const void* data) const {
   constexpr int32_t kMemoryType = 2;  // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+  constexpr int32_t kOrdinal = 9;     // CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
   constexpr uint32_t kDevice = 2;     // CU_MEMORYTYPE_DEVICE
+  const cuda::Driver& driver = gpu().driver();
+  const auto address = reinterpret_cast<cuda::DevicePointer>(data);
   uint32_t type = 0;
-  const cuda::DriverResult result = gpu().driver().pointer_get_attribute(
-      &type, kMemoryType, reinterpret_cast<cuda::DevicePointer>(data));
-  if (result == cuda::kSuccess && type == kDevice) return {};
+  cuda::DriverResult result = driver.pointer_get_attribute(&type, kMemoryType, address);
+  if (result != cuda::kSuccess || type != kDevice) {
+    return describe(ErrorCode::kInvalidArgument,
+                    "%s is not in GPU memory, and the pool is on a GPU (backend cuda)", name);
+  }
+  cuda::DeviceOrdinal ordinal = 0;
+  result = driver.pointer_get_attribute(&ordinal, kOrdinal, address);
+  if (result == cuda::kSuccess && ordinal == gpu().info().ordinal) return {};
   return describe(ErrorCode::kInvalidArgument,
-                  "%s is not in GPU memory, and the pool is on a GPU (backend cuda)", name);
+                  "%s is on GPU %d of this process, and the pool '%s' is on GPU %d", name, ordinal,
+                  session_->pool(), gpu().info().ordinal);
 }
 
 Status GpuEngine::launched(int code, const char* kernel) {

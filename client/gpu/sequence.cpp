@@ -12,11 +12,6 @@ namespace {
 
 using enum ErrorCode;
 
-uint32_t budget_in_tokens(uint32_t wanted, const PolicyParams& policy) {
-  if (wanted == kernels::kBudgetOfPolicy) return policy.budget_tokens;
-  return wanted == kernels::kBudgetNone ? 0 : wanted;
-}
-
 uint32_t pages_for(const ModelGeometry& geometry, Format format, uint32_t tokens) {
   const uint32_t slots = page_layout(format, geometry.head_dim).slots;
   return (tokens + slots - 1) / slots;
@@ -38,7 +33,7 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::open(GpuEngine& engine,
   sequence->layer_given_.assign(engine.geometry().layers, 0);
   const cuda::ContextScope context(engine.gpu());
   const int code = kernels.open(engine.view(), root.raw(), policy,
-                                budget_in_tokens(options.budget_tokens, policy),
+                                kernels::budget_in_tokens(options.budget_tokens, policy),
                                 options.trace_sparsity, engine.stream());
   if (const Status launched = GpuEngine::launched(code, "open"); !launched) {
     engine.give_root(root);
@@ -171,7 +166,8 @@ Status GpuSequence::set_budget(uint32_t budget_tokens) {
   const cuda::ContextScope context(engine_->gpu());
   return GpuEngine::launched(
       engine_->kernels().budget(engine_->view(), root_.raw(),
-                                budget_in_tokens(budget_tokens, policy_), engine_->stream()),
+                                kernels::budget_in_tokens(budget_tokens, policy_),
+                                engine_->stream()),
       "budget");
 }
 

@@ -37,7 +37,7 @@ using ProcessKey = Strong<struct ProcessKeyTag, uint64_t>;
 
 // An engine said Hello. Answer: Admit or Refuse. Operators (status only) never enter the core.
 struct ClientConnected {
-  ClientId client;     // made by the shell, strictly increasing, never 0
+  ClientId client;     // made by the shell, never 0 and never used before
   ProcessKey process;  // made by the shell
   uint32_t pid = 0;    // for people; not trusted
   uint32_t uid = 0;    // from SO_PEERCRED

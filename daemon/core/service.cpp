@@ -50,6 +50,9 @@ Result<std::unique_ptr<Service>> Service::create(const PoolOptions& pool, const 
 void Service::step(const Event& event, uint64_t now_ns, Actions* actions) {
   impl_->step(event, now_ns, actions);
 }
+Status Service::check_reload(const Config& config, std::string* why) const {
+  return impl_->check_reload(config, why);
+}
 void Service::snapshot(Snapshot* out) const {
   impl_->snapshot(out);
 }
@@ -86,8 +89,7 @@ void Service::Impl::refuse(ClientId client, uint32_t request_id, const Error& er
 }
 
 void Service::Impl::on(const ClientConnected& event) {
-  THINKV_CHECK(event.client.value() > last_client_);
-  last_client_ = event.client.value();
+  THINKV_CHECK(event.client.value() != 0 && !clients_.find(event.client));
   const auto turn_away = [&](const Error& error) {
     ++counters_.refused;
     refuse(event.client, 0, error);
@@ -148,26 +150,40 @@ void Service::Impl::on(const PolicyAsked& event) {
   act(action);
 }
 
-Status Service::Impl::configure(const Config& config) {
+// On copies: policies and tenants change together or not at all.
+Result<Service::Impl::Tables> Service::Impl::tables_of(const Config& config) const {
   std::array<uint32_t, limits::kTenantsMax> held{};
   for (uint32_t t = 0; t < held.size(); ++t) held[t] = extents_.tenant_extents(TenantId(t));
-  // Policies and tenants change together or not at all: try the first on a copy.
-  PolicyTable policies = policies_;
-  THINKV_TRY(policies.configure(config.policies));
-  THINKV_TRY(tenants_.configure(config, held));
-  policies_ = policies;
+  Tables next{policies_, tenants_};
+  THINKV_TRY(next.policies.configure(config.policies));
+  THINKV_TRY(next.tenants.configure(config, held));
+  return next;
+}
+
+Status Service::Impl::configure(const Config& config) {
+  THINKV_ASSIGN_OR_RETURN(Tables next, tables_of(config));
+  policies_ = std::move(next.policies);
+  tenants_ = std::move(next.tenants);
   clients_per_uid_ = config.clients_per_uid;
   return {};
+}
+
+Status Service::Impl::check_reload(const Config& config, std::string* why) const {
+  THINKV_TRY(validate(options_, config, why));
+  const Result<Tables> next = tables_of(config);
+  if (next) return {};
+  *why = next.error().what;
+  return next.error();
 }
 
 void Service::Impl::on(const ConfigReloaded& event) {
   THINKV_CHECK(event.config != nullptr);
   std::string why;
-  Status status = validate(options_, *event.config, &why);
+  Status status = check_reload(*event.config, &why);
   if (status) status = configure(*event.config);
   if (!status) {
     ++counters_.reloads_failed;
-    act(ReloadResult{status.error().code, why.empty() ? status.error().what : why});
+    act(ReloadResult{status.error().code, why});
     return;
   }
   ++counters_.reloads;

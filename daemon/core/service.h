@@ -34,6 +34,11 @@ class Service {
   // Clears `actions`, then fills it. now_ns: monotonic, never less than in the call before.
   void step(const Event& event, uint64_t now_ns, Actions* actions);
 
+  // Whether ConfigReloaded with this configuration would be taken now; changes nothing. A shell
+  // with several services asks all of them before it tells any. Errors: kInvalidArgument,
+  // kExhausted; *why says more.
+  [[nodiscard]] Status check_reload(const Config& config, std::string* why) const;
+
   // Overwrites *out, reusing its memory. O(clients + extents).
   void snapshot(Snapshot* out) const;
 

@@ -28,6 +28,7 @@ class Service::Impl {
 
   void step(const Event& event, uint64_t now_ns, Actions* actions);
   void snapshot(Snapshot* out) const;
+  [[nodiscard]] Status check_reload(const Config& config, std::string* why) const;
   [[nodiscard]] const char* check_invariants() const { return check(true); }
 
  private:
@@ -50,6 +51,11 @@ class Service::Impl {
   void on(const PolicyAsked& event);
   void on(const ConfigReloaded& event);
   void refuse(ClientId client, uint32_t request_id, const Error& error, std::string text = {});
+  struct Tables {  // what a configuration makes of the ones in use
+    PolicyTable policies;
+    TenantTable tenants;
+  };
+  [[nodiscard]] Result<Tables> tables_of(const Config& config) const;
   [[nodiscard]] Status configure(const Config& config);
 
   // ---- request.cpp
@@ -120,7 +126,6 @@ class Service::Impl {
   std::vector<Need> needs_;                                    // oldest first
   std::bitset<limits::kClientsMax> starved_[kPageClassCount];  // below their low watermark
   uint32_t clients_per_uid_ = limits::kClientsPerUidMax;
-  uint64_t last_client_ = 0;
   uint64_t granted_bytes_ = 0;
   uint64_t peak_bytes_ = 0;
   uint64_t create_paused_until_ns_ = 0;  // after a failed creation

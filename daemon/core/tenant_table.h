@@ -66,7 +66,7 @@ class TenantTable {
   [[nodiscard]] std::optional<uint32_t> find(std::string_view name) const;
   void apply(uint32_t slot, const TenantConfig& config);
 
-  const PoolOptions pool_;
+  PoolOptions pool_;
   std::array<Tenant, limits::kTenantsMax> tenants_;
   std::string default_tenant_;
 };

@@ -14,15 +14,27 @@ using protocol::MessageType;
 using State = Connection::State;
 
 // Actions can call for events (ExtentReady, ClientGone): these wait until the list is done.
-void Server::feed(const core::Event& event) {
-  service_->step(event, monotonic_ns(), &actions_);
-  execute(actions_);
-  while (!follow_ups_.empty()) {
-    const core::Event next = std::move(follow_ups_.front());
-    follow_ups_.pop_front();
-    service_->step(next, monotonic_ns(), &actions_);
+void Server::feed(PoolIndex pool, const core::Event& event) {
+  const auto step = [this](PoolIndex of, const core::Event& one) {
+    current_pool_ = of;
+    pools_[of.value()].service->step(one, monotonic_ns(), &actions_);
     execute(actions_);
+  };
+  step(pool, event);
+  while (!follow_ups_.empty()) {
+    const FollowUp next = std::move(follow_ups_.front());
+    follow_ups_.pop_front();
+    step(next.pool, next.event);
   }
+}
+
+void Server::feed(const Connection& connection, const core::Event& event) {
+  feed(connection.pool, event);
+}
+
+// What is about the whole daemon, or about a process, which may be a client of several pools.
+void Server::feed_all(const core::Event& event) {
+  for (uint32_t i = 0; i < pools_.size(); ++i) feed(PoolIndex(i), event);
 }
 
 void Server::execute(const core::Actions& actions) {
@@ -50,15 +62,18 @@ void Server::perform(const core::Admit& action) {
   welcome.daemon_region_bytes = sizeof(shm::DaemonRegion);
   welcome.client_region_bytes = sizeof(shm::ClientRegion);
   copy_text(welcome.tenant, action.tenant_name);
-  copy_text(welcome.backend, options_.backend);
+  const ServedPool& pool = pools_[current_pool_.value()];
+  copy_text(welcome.backend, pool.backend);
   copy_text(welcome.daemon_version, kVersionText);
-  std::memcpy(welcome.device_uuid, options_.device_uuid.bytes.data(), sizeof(welcome.device_uuid));
-  welcome.extent_bytes = options_.extent_bytes;
+  std::memcpy(welcome.device_uuid, pool.device.bytes.data(), sizeof(welcome.device_uuid));
+  welcome.extent_bytes = pool.extent_bytes;
+  copy_text(welcome.pool, pool.name);
   const ClientLink& link = *connection->link;
   const int fds[] = {link.daemon_region_fd(), link.client_region_fd(), link.bell_fd()};
   send(*connection, encode(MessageType::kWelcome, connection->hello_request_id, welcome, 3), fds);
-  spdlog::info("client {} '{}' connected (pid {}, uid {}, tenant {})", connection->id,
-               connection->name, connection->peer.pid, connection->peer.uid, action.tenant_name);
+  spdlog::info("client {} '{}' connected (pid {}, uid {}, tenant {}, pool {})", connection->id,
+               connection->name, connection->peer.pid, connection->peer.uid, action.tenant_name,
+               pool.name);
 }
 
 void Server::perform(const core::Refuse& action) {
@@ -88,10 +103,10 @@ void Server::perform(const core::ReplyPolicy& action) {
 void Server::perform(const core::SendExtent& action) {
   Connection* connection = engine(action.client);
   if (connection == nullptr) return;
-  const Result<int> fd = host_->export_fd(ExtentId(action.message.extent_id));
+  const Result<int> fd = host_->export_fd(current_pool_, ExtentId(action.message.extent_id));
   if (!fd) {
     spdlog::error("extent {} has no descriptor: {}", action.message.extent_id, fd.error().what);
-    follow_ups_.emplace_back(core::ClientGone{action.client, core::EndCause::kSlow});
+    follow_ups_.push_back({current_pool_, core::ClientGone{action.client, core::EndCause::kSlow}});
     return drop(*connection);
   }
   processes_.mark_mapper(connection->process_key);
@@ -104,7 +119,8 @@ void Server::perform(const core::GrantPages& action) {
   if (connection == nullptr) return;
   if (!connection->link->push_grants(action.page_class, current_->pages_of(action))) {
     // The core counts what fits: the client moved its head backwards.
-    follow_ups_.emplace_back(core::ClientGone{action.client, core::EndCause::kProtocol});
+    follow_ups_.push_back(
+        {current_pool_, core::ClientGone{action.client, core::EndCause::kProtocol}});
     connection->link->close(ErrorCode::kInvalidArgument);
     return drop(*connection);
   }
@@ -115,7 +131,8 @@ void Server::perform(const core::Complete& action) {
   Connection* connection = engine(action.client);
   if (connection == nullptr) return;
   if (!connection->link->push_completion(action.completion)) {
-    follow_ups_.emplace_back(core::ClientGone{action.client, core::EndCause::kProtocol});
+    follow_ups_.push_back(
+        {current_pool_, core::ClientGone{action.client, core::EndCause::kProtocol}});
     connection->link->close(ErrorCode::kInvalidArgument);
     return drop(*connection);
   }
@@ -124,29 +141,31 @@ void Server::perform(const core::Complete& action) {
 
 // Committing 64 MiB takes some 10 ms: one extent a turn, so that rings are served in between.
 void Server::perform(const core::CreateExtent& action) {
-  creations_.push_back(action);
+  creations_.push_back({current_pool_, action});
 }
 
 void Server::create_one_extent() {
   if (creations_.empty()) return;
-  const core::CreateExtent next = creations_.front();
+  const auto [pool, next] = creations_.front();
   creations_.pop_front();
-  const Status made = host_->create_extent(next.extent, next.bytes);
+  const Status made = host_->create_extent(pool, next.extent, next.bytes);
   if (made) {
-    feed(core::ExtentReady{next.extent});
+    feed(pool, core::ExtentReady{next.extent});
   } else {
     const Error error = made.error();
     if (may_log()) {
-      spdlog::error("extent {} of {} bytes cannot be made: {} (error {})", next.extent.value(),
-                    next.bytes, error.what, error.os_error);
+      spdlog::error("extent {} of {} bytes of pool {} cannot be made: {} (error {})",
+                    next.extent.value(), next.bytes, pools_[pool.value()].name, error.what,
+                    error.os_error);
     }
-    feed(core::ExtentFailed{next.extent, error.os_error, error.code == ErrorCode::kDeviceFailed});
+    feed(pool,
+         core::ExtentFailed{next.extent, error.os_error, error.code == ErrorCode::kDeviceFailed});
   }
   publish_dirty();
 }
 
 void Server::perform(const core::ReleaseExtent& action) {
-  host_->release_extent(action.extent);
+  host_->release_extent(current_pool_, action.extent);
 }
 
 void Server::perform(const core::Disconnect& action) {

@@ -51,7 +51,8 @@ SendResult Connection::send(const Packet& packet, std::span<const int> fds) {
 
 SendResult Connection::enqueue(const Packet& packet, std::span<const int> fds) {
   if (queue_bytes_ + packet.size > limits::kControlBacklogBytesMax) return SendResult::kOverflow;
-  Waiting waiting{packet, {}};
+  const std::span<const std::byte> bytes = packet.view();
+  Waiting waiting{{bytes.begin(), bytes.end()}, {}};
   for (const int fd : fds) {
     UniqueFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
     if (!copy.valid()) return SendResult::kOverflow;
@@ -68,10 +69,10 @@ SendResult Connection::flush() {
     std::array<int, limits::kFdsPerMessageMax> fds{};
     std::transform(next.fds.begin(), next.fds.end(), fds.begin(),
                    [](const UniqueFd& fd) { return fd.get(); });
-    const Status sent = send_packet(socket.native_handle(), next.packet.view(),
-                                    std::span(fds).first(next.fds.size()));
+    const Status sent =
+        send_packet(socket.native_handle(), next.bytes, std::span(fds).first(next.fds.size()));
     if (!sent) return try_later(sent.error()) ? SendResult::kQueued : SendResult::kGone;
-    queue_bytes_ -= next.packet.size;
+    queue_bytes_ -= next.bytes.size();
     queue_.pop_front();
   }
   return SendResult::kSent;

@@ -69,6 +69,7 @@ class Connection {
   State state = State::kNew;
   uint64_t accepted_ns;
   uint64_t process_key = 0;  // 0: none
+  PoolIndex pool;            // of an engine
   uint32_t hello_request_id = 0;
   std::string name;
 
@@ -83,7 +84,7 @@ class Connection {
 
  private:
   struct Waiting {
-    Packet packet;
+    std::vector<std::byte> bytes;  // of one packet, and no more: many small ones can wait
     std::vector<UniqueFd> fds;
   };
   [[nodiscard]] SendResult enqueue(const Packet& packet, std::span<const int> fds);

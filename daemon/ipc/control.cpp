@@ -100,9 +100,9 @@ void Server::handle(Connection& connection, ClientMessage message, UniqueFd sent
     event.geometry.head_dim = model->head_dim;
     event.geometry.value_type = static_cast<ValueType>(model->value_type);
     event.geometry.softmax_scale = model->softmax_scale;
-    feed(event);
+    feed(connection, event);
   } else if (const auto* get = std::get_if<protocol::GetPolicy>(&message.body)) {
-    feed(core::PolicyAsked{ClientId(connection.id), request_id, get->policy_name});
+    feed(connection, core::PolicyAsked{ClientId(connection.id), request_id, get->policy_name});
   }
   publish_dirty();
 }
@@ -135,7 +135,7 @@ void Server::on_hello(Connection& connection, uint32_t request_id, const protoco
     welcome.protocol_minor = kProtocolMinor;
     welcome.boot_epoch = options_.boot_epoch;
     welcome.client_id = connection.id;
-    copy_text(welcome.backend, options_.backend);
+    copy_text(welcome.backend, pools_[0].backend);
     copy_text(welcome.daemon_version, kVersionText);
     return send(connection, encode(MessageType::kWelcome, request_id, welcome));
   }
@@ -145,6 +145,7 @@ void Server::on_hello(Connection& connection, uint32_t request_id, const protoco
                       " clients are connected, the most allowed: close some, or raise "
                       "limits.clients");
   }
+  if (!choose_pool(connection, request_id, hello)) return;
   Result<UniqueFd> pidfd =
       verified_pidfd(connection.socket.native_handle(), connection.peer, std::move(sent_fd));
   if (!pidfd) {
@@ -152,6 +153,23 @@ void Server::on_hello(Connection& connection, uint32_t request_id, const protoco
                   pidfd.error().what);
   }
   admit_engine(connection, request_id, std::move(*pidfd));
+}
+
+bool Server::choose_pool(Connection& connection, uint32_t request_id,
+                         const protocol::Hello& hello) {
+  if (hello.pool[0] == '\0' && pools_.size() > 1) {
+    send(connection, encode(MessageType::kPools, request_id, pools_message(pools_)));
+    finish(connection);
+    return false;
+  }
+  const std::optional<PoolIndex> found = find_pool(pools_, hello.pool);
+  if (!found) {
+    reject(connection, request_id, Rejection::kPool, ErrorCode::kNotFound,
+           "no pool '" + std::string(hello.pool) + "'; there are: " + pool_names(pools_));
+    return false;
+  }
+  connection.pool = *found;
+  return true;
 }
 
 void Server::admit_engine(Connection& connection, uint32_t request_id, UniqueFd pidfd) {
@@ -164,7 +182,8 @@ void Server::admit_engine(Connection& connection, uint32_t request_id, UniqueFd 
   connection.process_key =
       processes_.connect(connection.peer.pid, connection.peer.uid, std::move(pidfd));
   connection.state = State::kEngine;  // the core's answers find it
-  feed(core::ClientConnected{ClientId(connection.id), core::ProcessKey(connection.process_key),
+  feed(connection,
+       core::ClientConnected{ClientId(connection.id), core::ProcessKey(connection.process_key),
                              connection.peer.pid, connection.peer.uid, connection.peer.gid,
                              connection.peer.groups, connection.name});
   if (connection.state != State::kEngine) return;
@@ -194,13 +213,14 @@ void Server::send(Connection& connection, const Packet& packet, std::span<const 
       if (connection.state == State::kEngine) {
         connection.link->close(ErrorCode::kExhausted);
         // Not at once: the caller is in the middle of a list of actions about this client.
-        follow_ups_.emplace_back(core::ClientGone{ClientId(connection.id), core::EndCause::kSlow});
+        follow_ups_.push_back(
+            {connection.pool, core::ClientGone{ClientId(connection.id), core::EndCause::kSlow}});
       }
       return drop(connection);
     case SendResult::kGone:
       if (connection.state == State::kEngine) {
-        follow_ups_.emplace_back(
-            core::ClientGone{ClientId(connection.id), core::EndCause::kKilled});
+        follow_ups_.push_back(
+            {connection.pool, core::ClientGone{ClientId(connection.id), core::EndCause::kKilled}});
       }
       return drop(connection);
   }
@@ -268,7 +288,7 @@ void Server::end(Connection& connection, core::EndCause cause, ErrorCode code,
   if (code != ErrorCode::kOk) refuse(connection, 0, code, text);
   finish(connection);
   if (engine) {
-    feed(core::ClientGone{ClientId(connection.id), cause});
+    feed(connection, core::ClientGone{ClientId(connection.id), cause});
     publish_dirty();
   }
 }

@@ -55,6 +55,7 @@ Result<protocol::Hello> decode_hello(std::span<const std::byte> packet, uint16_t
   }
   if (!is_text(hello.client_name)) return invalid("Hello: the client's name is not text");
   if (!is_text(hello.library_version)) return invalid("Hello: the library version is not text");
+  if (!is_text(hello.pool)) return invalid("Hello: the pool's name is not text");
   if (!all_zero(hello.reserved)) return invalid("Hello: reserved bytes must be zero");
   return hello;
 }
@@ -123,6 +124,7 @@ Result<ClientMessage> decode_client_message(std::span<const std::byte> packet, s
     case MessageType::kPolicyReply:
     case MessageType::kStatusReply:
     case MessageType::kExtent:
+    case MessageType::kPools:
       return invalid("a message that only the daemon sends");
   }
   return invalid("unknown message type");

@@ -37,7 +37,7 @@ struct ClientMessage {
 
 // One packet to send. Large enough for every body that the daemon sends.
 struct Packet {
-  std::array<std::byte, sizeof(protocol::ControlHeader) + sizeof(protocol::Refused)> bytes{};
+  std::array<std::byte, sizeof(protocol::ControlHeader) + sizeof(protocol::Pools)> bytes{};
   uint32_t size = 0;
   [[nodiscard]] std::span<const std::byte> view() const { return std::span(bytes).first(size); }
 };

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <exception>
 
+#include "thinkv/internal/check.h"
+
 namespace thinkv::ipc {
 namespace {
 
@@ -51,14 +53,17 @@ const char* rejection_name(Rejection reason) {
       return "resources";
     case Rejection::kTimeout:
       return "timeout";
+    case Rejection::kPool:
+      return "pool";
   }
   return "other";
 }
 
-Server::Server(const ServerOptions& options, Listener listener, core::Service* service, Host* host)
+Server::Server(const ServerOptions& options, Listener listener, std::vector<ServedPool> pools,
+               Host* host)
     : options_(options),
       listener_(std::move(listener)),
-      service_(service),
+      pools_(std::move(pools)),
       host_(host),
       io_(1),
       acceptor_(io_, ::fcntl(listener_.fd(), F_DUPFD_CLOEXEC, 0)),
@@ -127,16 +132,16 @@ bool Server::serve(Connection& connection) {
   bool worked = ready > 0;
   for (uint32_t c = 0; c < kPageClassCount && connection.state == State::kEngine; ++c) {
     const uint64_t consumed = link.take_consumed(c);
-    if (consumed > 0) feed(core::GrantsConsumed{id, c, consumed});
+    if (consumed > 0) feed(connection, core::GrantsConsumed{id, c, consumed});
     if (connection.state != State::kEngine) break;
     const uint32_t returned = link.take_returns(c, returned_);
     if (returned > 0) {
-      feed(core::PagesReturned{id, c, std::span(returned_).first(returned)});
+      feed(connection, core::PagesReturned{id, c, std::span(returned_).first(returned)});
     }
     worked = worked || consumed > 0 || returned > 0;
   }
   for (uint32_t i = 0; i < ready && connection.state == State::kEngine; ++i) {
-    feed(core::RequestArrived{id, link.take_request()});
+    feed(connection, core::RequestArrived{id, link.take_request()});
   }
   if (connection.state != State::kEngine) {
     publish_dirty();
@@ -191,7 +196,7 @@ void Server::on_bell(uint64_t id) {
 }
 
 void Server::on_process_exit(uint64_t key) {
-  feed(core::ProcessExited{core::ProcessKey(key)});
+  feed_all(core::ProcessExited{core::ProcessKey(key)});
   for (auto& [id, connection] : connections_) {
     if (connection->process_key != key || connection->state == State::kClosed) continue;
     connection->process_key = 0;
@@ -262,7 +267,8 @@ void Server::reap() {
     const uint64_t key = connection->process_key;
     connections_.erase(found);
     // Nothing of this process can be mapped: the core need not wait for its end.
-    if (key != 0 && processes_.disconnect(key)) feed(core::ProcessExited{core::ProcessKey(key)});
+    if (key != 0 && processes_.disconnect(key))
+      feed_all(core::ProcessExited{core::ProcessKey(key)});
   }
   publish_dirty();
 }
@@ -284,7 +290,7 @@ void Server::shutdown() {
   acceptor_.close(ignored);
   accept_timer_.cancel();
   listener_.close();
-  feed(core::Shutdown{});
+  feed_all(core::Shutdown{});
   for (auto& [id, connection] : connections_) {
     if (connection->state == State::kNew || connection->state == State::kOperator) {
       finish(*connection);
@@ -294,9 +300,18 @@ void Server::shutdown() {
   }
 }
 
-core::ReloadResult Server::reload(const core::Config& config) {
+core::ReloadResult Server::reload(std::span<const core::Config> configs) {
+  THINKV_CHECK(configs.size() == pools_.size());
+  for (size_t i = 0; i < pools_.size() && pools_.size() > 1; ++i) {
+    std::string why;
+    const Status possible = pools_[i].service->check_reload(configs[i], &why);
+    if (!possible) return {possible.error().code, "pool '" + pools_[i].name + "': " + why};
+  }
   reload_result_ = {};
-  feed(core::ConfigReloaded{&config});
+  for (uint32_t i = 0; i < pools_.size(); ++i) {
+    feed(PoolIndex(i), core::ConfigReloaded{&configs[i]});
+    if (reload_result_.code != ErrorCode::kOk) break;  // with several, it was possible a moment ago
+  }
   publish_dirty();
   return reload_result_;
 }

@@ -23,36 +23,42 @@
 #include "daemon/core/service.h"
 #include "daemon/ipc/connection.h"
 #include "daemon/ipc/listener.h"
+#include "daemon/ipc/pool_choice.h"
 #include "daemon/ipc/process_table.h"
-#include "thinkv/internal/device_uuid.h"
 
 namespace thinkv::ipc {
 
-// What the server needs done but does not do itself.
+// What the server needs done but does not do itself. A pool is meant by its place in the list that
+// the server was given.
 class Host {
  public:
   virtual ~Host() = default;
-  [[nodiscard]] virtual Status create_extent(ExtentId extent, uint64_t bytes) = 0;
-  virtual void release_extent(ExtentId extent) = 0;
+  [[nodiscard]] virtual Status create_extent(PoolIndex pool, ExtentId extent, uint64_t bytes) = 0;
+  virtual void release_extent(PoolIndex pool, ExtentId extent) = 0;
   // Borrowed until release_extent.
-  [[nodiscard]] virtual Result<int> export_fd(ExtentId extent) const = 0;
+  [[nodiscard]] virtual Result<int> export_fd(PoolIndex pool, ExtentId extent) const = 0;
   [[nodiscard]] virtual std::string status_json() = 0;
   virtual void tick() = 0;  // about every 200 ms
 };
 
 struct ServerOptions {
   uint64_t boot_epoch = 0;
-  std::string backend;
-  DeviceUuid device_uuid;  // none on the host backend
-  uint64_t extent_bytes = 0;
   uint32_t clients_max = limits::kClientsMax;
   uint32_t clients_per_user_max = limits::kClientsPerUidMax;
   uint32_t messages_per_second = 1000;
   uint64_t slow_client_ns = 30'000'000'000u;
 };
 
-enum class Rejection : uint8_t { kVersion, kLimit, kProtocol, kPermission, kResources, kTimeout };
-inline constexpr uint32_t kRejectionCount = 6;
+enum class Rejection : uint8_t {
+  kVersion,
+  kLimit,
+  kProtocol,
+  kPermission,
+  kResources,
+  kTimeout,
+  kPool  // none of that name
+};
+inline constexpr uint32_t kRejectionCount = 7;
 [[nodiscard]] const char* rejection_name(Rejection reason);
 
 // Since start.
@@ -71,7 +77,9 @@ struct ServerCounters {
 
 class Server {
  public:
-  Server(const ServerOptions& options, Listener listener, core::Service* service, Host* host);
+  // Requires: at least one pool.
+  Server(const ServerOptions& options, Listener listener, std::vector<ServedPool> pools,
+         Host* host);
   ~Server();
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -81,7 +89,8 @@ class Server {
   [[nodiscard]] Status run();
   // Tells clients, closes them, and lets run() return when they are served, at most 1 s later.
   void shutdown();
-  [[nodiscard]] core::ReloadResult reload(const core::Config& config);
+  // One configuration for each pool: all of them are taken, or none.
+  [[nodiscard]] core::ReloadResult reload(std::span<const core::Config> configs);
   void set_limits(const ServerOptions& options);
 
   [[nodiscard]] const ServerCounters& counters() const { return counters_; }
@@ -112,6 +121,9 @@ class Server {
   void on_hello(Connection& connection, uint32_t request_id, const protocol::Hello& hello,
                 UniqueFd sent_fd);
   void admit_engine(Connection& connection, uint32_t request_id, UniqueFd pidfd);
+  // The pool that the client named, or the only one. False: it was told what there is instead.
+  [[nodiscard]] bool choose_pool(Connection& connection, uint32_t request_id,
+                                 const protocol::Hello& hello);
   void on_status(Connection& connection, uint32_t request_id);
   void send(Connection& connection, const Packet& packet, std::span<const int> fds = {});
   void refuse(Connection& connection, uint32_t request_id, ErrorCode code, const std::string& text);
@@ -125,7 +137,9 @@ class Server {
   void drop(Connection& connection);    // closes now
 
   // actions.cpp
-  void feed(const core::Event& event);
+  void feed(PoolIndex pool, const core::Event& event);
+  void feed(const Connection& connection, const core::Event& event);
+  void feed_all(const core::Event& event);
   void execute(const core::Actions& actions);
   void perform(const core::Admit& action);
   void perform(const core::Refuse& action);
@@ -158,7 +172,7 @@ class Server {
 
   ServerOptions options_;
   Listener listener_;
-  core::Service* service_;
+  std::vector<ServedPool> pools_;
   Host* host_;
   boost::asio::io_context io_;
   boost::asio::posix::stream_descriptor acceptor_;
@@ -176,8 +190,17 @@ class Server {
 
   core::Actions actions_;
   const core::Actions* current_ = nullptr;  // whose pages GrantPages refers to
-  std::deque<core::Event> follow_ups_;      // of actions, fed when their list is done
-  std::deque<core::CreateExtent> creations_;
+  PoolIndex current_pool_;                  // whose actions they are
+  struct FollowUp {
+    PoolIndex pool;
+    core::Event event;
+  };
+  std::deque<FollowUp> follow_ups_;  // of actions, fed when their list is done
+  struct Creation {
+    PoolIndex pool;
+    core::CreateExtent extent;
+  };
+  std::deque<Creation> creations_;
   core::ReloadResult reload_result_;
   std::vector<uint32_t> returned_;
 

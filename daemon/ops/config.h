@@ -21,12 +21,33 @@ enum class Backend : uint8_t { kHost, kCuda };
 enum class SocketAccess : uint8_t { kUser, kGroup, kEveryone };  // file mode 0600, 0660, 0666
 enum class LogLevel : uint8_t { kDebug, kInfo, kWarning, kError };
 
+struct PoolSettings {
+  std::string name = "default";
+  Backend backend = Backend::kHost;
+  std::optional<DeviceUuid> device;  // the GPU of backend cuda; nullopt: the first one
+  uint64_t bytes = uint64_t{1} << 30;
+  uint64_t extent_bytes = uint64_t{64} << 20;
+  friend bool operator==(const PoolSettings&, const PoolSettings&) = default;
+};
+
+// A size, or a share of whatever pool it is applied to.
+struct Share {
+  uint64_t amount = 0;  // bytes, or percent
+  bool percent = false;
+  // Requires: pool_bytes is at most 2^57, so that the product fits.
+  [[nodiscard]] uint64_t of(uint64_t pool_bytes) const {
+    return percent ? pool_bytes * amount / 100 : amount;
+  }
+  friend bool operator==(const Share&, const Share&) = default;
+};
+
+// Holds in each pool by itself: a tenant has its reserve and its limit once in every pool.
 struct TenantSettings {
   std::string name;
   std::vector<uint32_t> uids;
   std::vector<uint32_t> gids;
-  uint64_t reserve_bytes = 0;  // always obtainable by this tenant
-  uint64_t limit_bytes = 0;    // never exceeded by it
+  Share reserve = {0, true};  // always obtainable by this tenant
+  Share limit = {100, true};  // never exceeded by it
   uint32_t weight = 1;
   uint32_t priority = 50;  // lower is compressed first, higher is refilled first
   friend bool operator==(const TenantSettings&, const TenantSettings&) = default;
@@ -37,10 +58,8 @@ struct Config {
   std::string socket_path;  // empty: /run/thinkvd/control.sock for root, else the user's
   SocketAccess socket_access = SocketAccess::kGroup;
 
-  Backend backend = Backend::kHost;
-  std::optional<DeviceUuid> device;  // the GPU of backend cuda; nullopt: the first one
-  uint64_t pool_bytes = uint64_t{1} << 30;
-  uint64_t extent_bytes = uint64_t{64} << 20;
+  // 1 to limits::kPoolsMax; names and GPUs are unique. Several on GPUs: each has its device.
+  std::vector<PoolSettings> pools = {PoolSettings{}};
 
   std::vector<TenantSettings> tenants;     // at least the default tenant
   std::string default_tenant = "default";  // of users that no tenant names; empty: refused
@@ -58,7 +77,7 @@ struct Config {
   uint64_t slow_client_ms = 30'000;     // completions unread for so long: disconnected
 };
 
-// The configuration without a file: one tenant, `default`, that may use the whole pool.
+// The configuration without a file: one tenant, `default`, that may use the whole of one pool.
 [[nodiscard]] Config default_config();
 
 // `text` as if read from `file` (relative paths are relative to its folder).
@@ -68,6 +87,9 @@ struct Config {
 
 // Every key that a file may hold, as dotted paths, sorted.
 [[nodiscard]] std::vector<std::string> config_keys();
+
+// What messages call the pool's size: "pool.bytes", or with several pools whose it is.
+[[nodiscard]] std::string pool_bytes_text(const Config& config, const PoolSettings& pool);
 
 // Keys whose new value only a restart applies. Empty: `next` can replace `current` at once.
 [[nodiscard]] std::vector<std::string> restart_keys(const Config& current, const Config& next);

@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <mutex>
 
+#include "daemon/ops/totals.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/version.h"
 
@@ -54,29 +55,40 @@ class Family {
 constexpr MetricType kGauge = MetricType::Gauge;
 constexpr MetricType kCounter = MetricType::Counter;
 
-void add_pool(const Report& r, std::vector<MetricFamily>* out) {
-  const core::Snapshot& s = r.snapshot;
-  Family(out, kGauge, "thinkv_pool_bytes", "Bytes of the pool by state.")
-      .add(s.bytes_total, {{"state", "total"}})
-      .add(s.bytes_assigned, {{"state", "assigned"}})
-      .add(s.bytes_granted, {{"state", "used"}})
-      .add(s.bytes_peak, {{"state", "peak"}})
-      .add(s.bytes_free, {{"state", "free"}})
-      .add(s.bytes_reserved_unused, {{"state", "reserved"}});
-  Family(out, kGauge, "thinkv_extents", "Extents by state.")
-      .add(uint64_t{s.extents_unassigned}, {{"state", "unassigned"}})
-      .add(uint64_t{s.extents_creating}, {{"state", "creating"}})
-      .add(uint64_t{s.extents_assigned}, {{"state", "assigned"}})
-      .add(uint64_t{s.extents_retired}, {{"state", "retired"}});
+void add_pools(const Report& r, std::vector<MetricFamily>* out) {
+  Family info(out, kGauge, "thinkv_pool_info", "1, with the pool's backend and GPU as labels.");
+  Family bytes(out, kGauge, "thinkv_pool_bytes", "Bytes of a pool by state.");
+  Family extents(out, kGauge, "thinkv_extents", "Extents by state.");
+  for (const PoolReport& pool : r.pools) {
+    const core::Snapshot& s = pool.snapshot;
+    const ClientMetric::Label of{"pool", pool.name};
+    info.add(uint64_t{1}, {of, {"backend", pool.backend}, {"device", pool.device}});
+    bytes.add(s.bytes_total, {of, {"state", "total"}})
+        .add(s.bytes_assigned, {of, {"state", "assigned"}})
+        .add(s.bytes_granted, {of, {"state", "used"}})
+        .add(s.bytes_peak, {of, {"state", "peak"}})
+        .add(s.bytes_free, {of, {"state", "free"}})
+        .add(s.bytes_reserved_unused, {of, {"state", "reserved"}});
+    extents.add(uint64_t{s.extents_unassigned}, {of, {"state", "unassigned"}})
+        .add(uint64_t{s.extents_creating}, {of, {"state", "creating"}})
+        .add(uint64_t{s.extents_assigned}, {of, {"state", "assigned"}})
+        .add(uint64_t{s.extents_retired}, {of, {"state", "retired"}});
+  }
+}
+
+void add_pages(const Report& r, std::vector<MetricFamily>* out) {
   Family pages(out, kGauge, "thinkv_pages", "Pages of assigned extents by head_dim and state.");
   Family sizes(out, kGauge, "thinkv_page_size_bytes", "Bytes of a page by head_dim.");
   for (uint32_t c = 0; c < kPageClassCount; ++c) {
-    const std::string dim = std::to_string(kHeadDims[c]);
-    const core::ClassSnapshot& one = s.classes[c];
-    pages.add(one.granted_pages - one.lease_pages, {{"head_dim", dim}, {"state", "taken"}})
-        .add(one.lease_pages, {{"head_dim", dim}, {"state", "leased"}})
-        .add(one.free_pages, {{"head_dim", dim}, {"state", "free"}});
-    sizes.add(uint64_t{page_bytes(kHeadDims[c])}, {{"head_dim", dim}});
+    const ClientMetric::Label dim{"head_dim", std::to_string(kHeadDims[c])};
+    sizes.add(uint64_t{page_bytes(kHeadDims[c])}, {dim});
+    for (const PoolReport& pool : r.pools) {
+      const core::ClassSnapshot& one = pool.snapshot.classes[c];
+      const ClientMetric::Label of{"pool", pool.name};
+      pages.add(one.granted_pages - one.lease_pages, {of, dim, {"state", "taken"}})
+          .add(one.lease_pages, {of, dim, {"state", "leased"}})
+          .add(one.free_pages, {of, dim, {"state", "free"}});
+    }
   }
 }
 
@@ -88,48 +100,63 @@ void add_tenants(const Report& r, std::vector<MetricFamily>* out) {
   Family sequences(out, kGauge, "thinkv_sequences", "Open sequences.");
   Family failures(out, kCounter, "thinkv_allocation_failures_total",
                   "Requests for pages that were refused.");
-  for (const core::TenantSnapshot& t : r.snapshot.tenants) {
-    used.add(t.used_bytes, {{"tenant", t.name}});
-    leased.add(t.lease_bytes, {{"tenant", t.name}});
-    quota.add(t.reserve_bytes, {{"tenant", t.name}, {"bound", "min"}})
-        .add(t.limit_bytes, {{"tenant", t.name}, {"bound", "max"}});
-    clients.add(uint64_t{t.clients}, {{"tenant", t.name}});
-    sequences.add(t.sequences, {{"tenant", t.name}});
-    failures.add(t.failed_quota, {{"tenant", t.name}, {"reason", "quota"}})
-        .add(t.failed_exhausted, {{"tenant", t.name}, {"reason", "pool_full"}});
+  for (const PoolReport& pool : r.pools) {
+    const ClientMetric::Label of{"pool", pool.name};
+    for (const core::TenantSnapshot& t : pool.snapshot.tenants) {
+      const ClientMetric::Label tenant{"tenant", t.name};
+      used.add(t.used_bytes, {of, tenant});
+      leased.add(t.lease_bytes, {of, tenant});
+      quota.add(t.reserve_bytes, {of, tenant, {"bound", "min"}})
+          .add(t.limit_bytes, {of, tenant, {"bound", "max"}});
+      clients.add(uint64_t{t.clients}, {of, tenant});
+      sequences.add(t.sequences, {of, tenant});
+      failures.add(t.failed_quota, {of, tenant, {"reason", "quota"}})
+          .add(t.failed_exhausted, {of, tenant, {"reason", "pool_full"}});
+    }
   }
 }
 
-void add_requests(const core::Counters& c, std::vector<MetricFamily>* out) {
+void add_requests(const Report& r, std::vector<MetricFamily>* out) {
   Family requests(out, kCounter, "thinkv_requests_total", "Ring requests by operation and code.");
-  for (size_t op = 0; op < c.requests.size(); ++op) {
-    for (size_t code = 0; code < c.requests[op].size(); ++code) {
-      // Success always exists, at 0; an error only once it happened.
-      if (code != 0 && c.requests[op][code] == 0) continue;
-      requests.add(c.requests[op][code],
-                   {{"op", op_name(op)}, {"code", error_code_name(static_cast<ErrorCode>(code))}});
+  for (const PoolReport& pool : r.pools) {
+    const core::Counters& c = pool.snapshot.counters;
+    for (size_t op = 0; op < c.requests.size(); ++op) {
+      for (size_t code = 0; code < c.requests[op].size(); ++code) {
+        // Success always exists, at 0; an error only once it happened.
+        if (code != 0 && c.requests[op][code] == 0) continue;
+        requests.add(c.requests[op][code],
+                     {{"pool", pool.name},
+                      {"op", op_name(op)},
+                      {"code", error_code_name(static_cast<ErrorCode>(code))}});
+      }
     }
   }
 }
 
 void add_core_counters(const Report& r, std::vector<MetricFamily>* out) {
-  const core::Counters& c = r.snapshot.counters;
-  add_requests(c, out);
-  Family(out, kCounter, "thinkv_allocated_pages_total", "Pages granted.").add(c.pages_granted);
-  Family(out, kCounter, "thinkv_freed_pages_total", "Pages that came back.")
-      .add(c.pages_returned, {{"cause", "return"}})
-      .add(c.pages_reclaimed, {{"cause", "client_exit"}});
-  Family(out, kCounter, "thinkv_refills_cut_total", "Lease refills below the watermark.")
-      .add(c.refills_cut);
+  Family granted(out, kCounter, "thinkv_allocated_pages_total", "Pages granted.");
+  Family freed(out, kCounter, "thinkv_freed_pages_total", "Pages that came back.");
+  Family cut(out, kCounter, "thinkv_refills_cut_total", "Lease refills below the watermark.");
   Family exits(out, kCounter, "thinkv_client_exits_total", "Engines that ended, by cause.");
-  for (uint32_t i = 0; i < core::kEndCauseCount; ++i) {
-    exits.add(c.ended[i], {{"cause", core::end_cause_name(static_cast<core::EndCause>(i))}});
+  Family violations(out, kCounter, "thinkv_protocol_violations_total",
+                    "Engines that broke the protocol.");
+  Family created(out, kCounter, "thinkv_extents_created_total", "Extents made.");
+  Family failed(out, kCounter, "thinkv_extents_failed_total", "Extents that could not be made.");
+  for (const PoolReport& pool : r.pools) {
+    const core::Counters& c = pool.snapshot.counters;
+    const ClientMetric::Label of{"pool", pool.name};
+    granted.add(c.pages_granted, {of});
+    freed.add(c.pages_returned, {of, {"cause", "return"}})
+        .add(c.pages_reclaimed, {of, {"cause", "client_exit"}});
+    cut.add(c.refills_cut, {of});
+    for (uint32_t i = 0; i < core::kEndCauseCount; ++i) {
+      const char* const cause = core::end_cause_name(static_cast<core::EndCause>(i));
+      exits.add(c.ended[i], {of, {"cause", cause}});
+    }
+    violations.add(c.violations, {of});
+    created.add(c.extents_created, {of});
+    failed.add(c.extents_failed, {of});
   }
-  Family(out, kCounter, "thinkv_protocol_violations_total", "Engines that broke the protocol.")
-      .add(c.violations);
-  Family(out, kCounter, "thinkv_extents_created_total", "Extents made.").add(c.extents_created);
-  Family(out, kCounter, "thinkv_extents_failed_total", "Extents that could not be made.")
-      .add(c.extents_failed);
 }
 
 void add_server(const Report& r, std::vector<MetricFamily>* out) {
@@ -158,7 +185,7 @@ void add_process(const Report& r, std::vector<MetricFamily>* out) {
       .add(uint64_t{1},
            {{"version", kVersionText},
             {"protocol", std::to_string(kProtocolMajor) + "." + std::to_string(kProtocolMinor)},
-            {"backend", r.backend}});
+            {"backend", backend_of(r)}});
   Family(out, kGauge, "thinkv_start_time_seconds", "Start of the daemon, Unix time.")
       .add(r.start_time);
   Family(out, kGauge, "thinkv_config_last_reload_successful", "1 if the last reload was taken.")
@@ -174,8 +201,10 @@ void add_process(const Report& r, std::vector<MetricFamily>* out) {
 std::vector<MetricFamily> families(const Report& report) {
   std::vector<MetricFamily> out;
   add_process(report, &out);
-  add_pool(report, &out);
+  add_pools(report, &out);
+  add_pages(report, &out);
   add_tenants(report, &out);
+  add_requests(report, &out);
   add_core_counters(report, &out);
   add_server(report, &out);
   return out;

@@ -59,8 +59,14 @@ struct PolicyReport {
   std::string file;
 };
 
-struct Report {
+struct PoolReport {
+  std::string name;
   std::string backend;
+  std::string device;  // the GPU's UUID; empty on the host backend
+  core::Snapshot snapshot;
+};
+
+struct Report {
   std::string socket;
   std::string config_file;
   std::string metrics;  // where, or why not
@@ -68,7 +74,7 @@ struct Report {
   double start_time = 0.0;  // Unix seconds
   uint64_t now_ns = 0;      // the clock of the snapshot's times
   uint64_t uptime_ns = 0;
-  core::Snapshot snapshot;
+  std::vector<PoolReport> pools;
   std::vector<ClientReport> clients;
   std::vector<PolicyReport> policies;
   ServerReport server;

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
+#include "daemon/ops/totals.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/version.h"
 
@@ -13,8 +15,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json pool_json(const Report& report) {
-  const core::Snapshot& s = report.snapshot;
+Json pool_json(const std::string& backend, const core::Snapshot& s) {
   Json classes = Json::array();
   for (uint32_t c = 0; c < kPageClassCount; ++c) {
     classes.push_back({{"head_dim", kHeadDims[c]},
@@ -23,7 +24,7 @@ Json pool_json(const Report& report) {
                        {"lease_pages", s.classes[c].lease_pages},
                        {"free_pages", s.classes[c].free_pages}});
   }
-  return {{"backend", report.backend},
+  return {{"backend", backend},
           {"bytes_total", s.bytes_total},
           {"bytes_used", s.bytes_granted},
           {"bytes_peak", s.bytes_peak},
@@ -41,8 +42,9 @@ Json pool_json(const Report& report) {
           {"page_classes", std::move(classes)}};
 }
 
-Json tenant_json(const core::TenantSnapshot& t) {
+Json tenant_json(const PoolReport& pool, const core::TenantSnapshot& t) {
   return {{"name", t.name},
+          {"pool", pool.name},
           {"configured", t.configured},
           {"used_bytes", t.used_bytes},
           {"lease_bytes", t.lease_bytes},
@@ -86,12 +88,12 @@ Json models_json(const std::vector<core::ModelSnapshot>& models) {
   return list;
 }
 
-Json client_json(const Report& report, const core::ClientSnapshot& c) {
+Json client_json(const Report& report, const PoolReport& pool, const core::ClientSnapshot& c) {
   const auto told = std::find_if(report.clients.begin(), report.clients.end(),
                                  [&](const ClientReport& r) { return r.id == c.id.value(); });
   const ClientReport mine = told == report.clients.end() ? ClientReport{} : *told;
   std::string tenant;
-  for (const core::TenantSnapshot& t : report.snapshot.tenants) {
+  for (const core::TenantSnapshot& t : pool.snapshot.tenants) {
     if (t.id == c.tenant) tenant = t.name;
   }
   const uint64_t age_ns = report.now_ns > c.connected_ns ? report.now_ns - c.connected_ns : 0;
@@ -100,6 +102,7 @@ Json client_json(const Report& report, const core::ClientSnapshot& c) {
           {"pid", c.pid},
           {"uid", c.uid},
           {"tenant", tenant},
+          {"pool", pool.name},
           {"connected_seconds", static_cast<double>(age_ns) / 1e9},
           {"granted_bytes", c.granted_bytes},
           {"lease_bytes", c.lease_bytes},
@@ -109,29 +112,48 @@ Json client_json(const Report& report, const core::ClientSnapshot& c) {
           {"counters", counters_json(mine)}};
 }
 
-Json policies_json(const Report& report) {
-  Json list = Json::array();
-  for (const core::PolicySnapshot& p : report.snapshot.policies) {
-    const auto known =
-        std::find_if(report.policies.begin(), report.policies.end(),
-                     [&](const PolicyReport& r) { return p.current && r.name == p.params.name; });
-    Json entry = {{"name", p.params.name},
-                  {"current", p.current},
-                  {"sequences", p.sequences},
-                  {"prompt", format_info(p.params.prompt_format).name},
-                  {"reasoning", format_info(p.params.thought_format[0]).name},
-                  {"execution", format_info(p.params.thought_format[1]).name},
-                  {"transition", format_info(p.params.thought_format[2]).name},
-                  {"rotation", p.params.rotate != 0},
-                  {"evicts", p.params.evict != EvictRule::kNone},
-                  {"budget_tokens", p.params.budget_tokens},
-                  {"classes", p.params.label_layer_count == 0 ? 1 : 3}};
-    if (known != report.policies.end()) {
-      entry["description"] = known->description;
-      entry["file"] = known->file;
-    }
-    list.push_back(std::move(entry));
+Json policy_json(const Report& report, const core::PolicySnapshot& p) {
+  const auto known =
+      std::find_if(report.policies.begin(), report.policies.end(),
+                   [&](const PolicyReport& r) { return p.current && r.name == p.params.name; });
+  Json entry = {{"name", p.params.name},
+                {"current", p.current},
+                {"sequences", p.sequences},
+                {"prompt", format_info(p.params.prompt_format).name},
+                {"reasoning", format_info(p.params.thought_format[0]).name},
+                {"execution", format_info(p.params.thought_format[1]).name},
+                {"transition", format_info(p.params.thought_format[2]).name},
+                {"rotation", p.params.rotate != 0},
+                {"evicts", p.params.evict != EvictRule::kNone},
+                {"budget_tokens", p.params.budget_tokens},
+                {"classes", p.params.label_layer_count == 0 ? 1 : 3}};
+  if (known != report.policies.end()) {
+    entry["description"] = known->description;
+    entry["file"] = known->file;
   }
+  return entry;
+}
+
+// Every pool has the same policies: each is shown once, with the sequences of all pools. A replaced
+// one that is still in use is another policy in each pool.
+Json policies_json(const Report& report) {
+  std::vector<core::PolicySnapshot> merged;
+  for (const PoolReport& pool : report.pools) {
+    for (const core::PolicySnapshot& p : pool.snapshot.policies) {
+      const auto same =
+          std::find_if(merged.begin(), merged.end(), [&](const core::PolicySnapshot& other) {
+            return p.current && other.current &&
+                   std::string_view(p.params.name) == other.params.name;
+          });
+      if (same == merged.end()) {
+        merged.push_back(p);
+      } else {
+        same->sequences += p.sequences;
+      }
+    }
+  }
+  Json list = Json::array();
+  for (const core::PolicySnapshot& p : merged) list.push_back(policy_json(report, p));
   return list;
 }
 
@@ -164,6 +186,17 @@ Json core_counters_json(const core::Counters& c) {
           {"extents_released", c.extents_released}};
 }
 
+Json pools_json(const Report& report) {
+  Json list = Json::array();
+  for (const PoolReport& pool : report.pools) {
+    Json one = {{"name", pool.name}, {"device", pool.device}};
+    one.update(pool_json(pool.backend, pool.snapshot));
+    one["counters"] = core_counters_json(pool.snapshot.counters);
+    list.push_back(std::move(one));
+  }
+  return list;
+}
+
 Json server_json(const ServerReport& s) {
   Json rejected = Json::object();
   for (const auto& [reason, count] : s.rejected) rejected[reason] = count;
@@ -191,11 +224,16 @@ const char* op_name(size_t op) {
 
 std::string status_json(const Report& report) {
   Json tenants = Json::array();
-  for (const core::TenantSnapshot& t : report.snapshot.tenants) tenants.push_back(tenant_json(t));
   Json clients = Json::array();
-  for (const core::ClientSnapshot& c : report.snapshot.clients) {
-    clients.push_back(client_json(report, c));
+  for (const PoolReport& pool : report.pools) {
+    for (const core::TenantSnapshot& t : pool.snapshot.tenants) {
+      tenants.push_back(tenant_json(pool, t));
+    }
+    for (const core::ClientSnapshot& c : pool.snapshot.clients) {
+      clients.push_back(client_json(report, pool, c));
+    }
   }
+  const core::Snapshot total = total_of(report);
   const Json status = {
       {"version", kVersionText},
       {"protocol", std::to_string(kProtocolMajor) + "." + std::to_string(kProtocolMinor)},
@@ -210,11 +248,12 @@ std::string status_json(const Report& report) {
         {"reloads", report.reload.succeeded},
         {"reloads_failed", report.reload.failed},
         {"problems", report.reload.problems}}},
-      {"pool", pool_json(report)},
+      {"pool", pool_json(backend_of(report), total)},
+      {"pools", pools_json(report)},
       {"tenants", std::move(tenants)},
       {"clients", std::move(clients)},
       {"policies", policies_json(report)},
-      {"counters", core_counters_json(report.snapshot.counters)},
+      {"counters", core_counters_json(total.counters)},
       {"server", server_json(report.server)}};
   // Names may hold any bytes: what is not UTF-8 is replaced.
   return status.dump(2, ' ', false, Json::error_handler_t::replace);

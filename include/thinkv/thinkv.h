@@ -50,7 +50,7 @@ typedef int32_t thinkv_status;
 #define THINKV_INVALID_ARGUMENT 1 /* fix the call */
 #define THINKV_EXHAUSTED 2        /* no page left in the pool: evict, close, or retry later */
 #define THINKV_QUOTA_EXCEEDED 3   /* the tenant's limit: close sequences or raise the limit */
-#define THINKV_NOT_FOUND 4        /* no such policy */
+#define THINKV_NOT_FOUND 4        /* no such policy or pool */
 #define THINKV_STALE 5            /* closed handle, forked child, or the daemon restarted */
 #define THINKV_UNAVAILABLE 6      /* no daemon: start it, then open a new client */
 #define THINKV_VERSION_MISMATCH 7 /* upgrade the library or the daemon */
@@ -107,16 +107,22 @@ typedef struct thinkv_client_options {
   const char* socket_path; /* NULL: $THINKV_SOCKET, else the per-user, else the system socket */
   const char* client_name; /* NULL: $THINKV_CLIENT_NAME, else the program's name */
   uint32_t timeout_ms;     /* of a round trip to the daemon; 0: 10,000 */
-  uint32_t reserved[7];
+  uint32_t reserved0;
+  const char* pool_name; /* or the UUID of its GPU, "GPU-..."; NULL: $THINKV_POOL, else the daemon's
+                            only pool, else the pool on the calling thread's current GPU (without a
+                            CUDA context: the first GPU that this process sees) */
+  uint32_t reserved[4];
 } thinkv_client_options;
-#define THINKV_CLIENT_OPTIONS_INIT               \
-  {                                              \
-    sizeof(thinkv_client_options), 0, 0, 0, 0, { \
-      0                                          \
-    }                                            \
+#define THINKV_CLIENT_OPTIONS_INIT                     \
+  {                                                    \
+    sizeof(thinkv_client_options), 0, 0, 0, 0, 0, 0, { \
+      0                                                \
+    }                                                  \
   }
 
-/* Connects. Errors: UNAVAILABLE, VERSION_MISMATCH, PERMISSION, EXHAUSTED (too many clients). */
+/* Connects. Errors: UNAVAILABLE, VERSION_MISMATCH, PERMISSION, EXHAUSTED (too many clients),
+ * NOT_FOUND (no such pool), INVALID_ARGUMENT (several pools, none named, and none on a GPU that is
+ * current here; the text lists them). */
 THINKV_API thinkv_status thinkv_client_open(const thinkv_client_options* options,
                                             thinkv_client** client, thinkv_error* error);
 /* Closes everything that was opened through it and returns all pages. */
@@ -132,7 +138,7 @@ typedef struct thinkv_pool_stats {
   uint64_t tenant_limit_bytes;
   uint64_t client_granted_bytes;
   uint64_t client_leased_bytes; /* granted, not yet used by a sequence */
-  uint64_t reserved[8];
+  char pool_name[64];           /* of this client's pool, zero-terminated */
 } thinkv_pool_stats;
 /* One round trip. Requires stats->struct_size. */
 THINKV_API thinkv_status thinkv_client_pool_stats(thinkv_client* client, thinkv_pool_stats* stats,

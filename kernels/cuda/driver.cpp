@@ -57,6 +57,7 @@ void find_device_functions(Symbols& symbols, Driver* driver) {
   symbols.find("cuDevicePrimaryCtxRelease_v2", &driver->primary_context_release);
   symbols.find("cuCtxPushCurrent_v2", &driver->context_push);
   symbols.find("cuCtxPopCurrent_v2", &driver->context_pop);
+  symbols.find("cuCtxGetDevice", &driver->context_get_device);
   symbols.find("cuStreamSynchronize", &driver->stream_synchronize);
   symbols.find("cuStreamIsCapturing", &driver->stream_is_capturing);
 }

@@ -35,6 +35,7 @@ struct Driver {
   DriverResult (*primary_context_release)(DeviceOrdinal device) = nullptr;
   DriverResult (*context_push)(ContextHandle context) = nullptr;
   DriverResult (*context_pop)(ContextHandle* context) = nullptr;
+  DriverResult (*context_get_device)(DeviceOrdinal* device) = nullptr;
   DriverResult (*stream_synchronize)(StreamHandle stream) = nullptr;
   DriverResult (*stream_is_capturing)(StreamHandle stream, int32_t* status) = nullptr;
 

@@ -6,13 +6,19 @@
 namespace thinkv::cuda {
 namespace {
 
+Result<DeviceUuid> uuid_of(const Driver& driver, DeviceOrdinal ordinal) {
+  DriverUuid raw{};
+  THINKV_TRY(driver_status(driver, driver.device_get_uuid(&raw, ordinal), "cuDeviceGetUuid"));
+  DeviceUuid uuid;
+  static_assert(sizeof(raw.bytes) == sizeof(uuid.bytes));
+  std::memcpy(uuid.bytes.data(), raw.bytes, sizeof(raw.bytes));
+  return uuid;
+}
+
 Result<GpuInfo> read_info(const Driver& driver, int32_t index) {
   GpuInfo info;
   THINKV_TRY(driver_status(driver, driver.device_get(&info.ordinal, index), "cuDeviceGet"));
-  DriverUuid uuid{};
-  THINKV_TRY(driver_status(driver, driver.device_get_uuid(&uuid, info.ordinal), "cuDeviceGetUuid"));
-  static_assert(sizeof(uuid.bytes) == sizeof(info.uuid.bytes));
-  std::memcpy(info.uuid.bytes.data(), uuid.bytes, sizeof(uuid.bytes));
+  THINKV_ASSIGN_OR_RETURN(info.uuid, uuid_of(driver, info.ordinal));
   return info;
 }
 
@@ -61,6 +67,17 @@ Result<GpuInfo> find_gpu(const Driver& driver, const std::optional<DeviceUuid>& 
   return describe_device(ErrorCode::kNotFound, kErrorInvalidDevice, "no %s here; there is: %s",
                          uuid ? device_uuid_text(*uuid).c_str() : "GPU",
                          seen.empty() ? "none" : seen.c_str());
+}
+
+Result<DeviceUuid> current_gpu(const Driver& driver) {
+  DeviceOrdinal device = 0;
+  const DriverResult current = driver.context_get_device(&device);
+  if (current == kErrorInvalidContext) {
+    THINKV_TRY(driver_status(driver, driver.device_get(&device, 0), "cuDeviceGet"));
+  } else {
+    THINKV_TRY(driver_status(driver, current, "cuCtxGetDevice"));
+  }
+  return uuid_of(driver, device);
 }
 
 Result<Gpu> Gpu::open(const Driver& driver, GpuInfo info) {

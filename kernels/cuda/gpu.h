@@ -27,6 +27,10 @@ struct GpuInfo {
 // processes), kDeviceFailed.
 [[nodiscard]] Result<GpuInfo> find_gpu(const Driver& driver, const std::optional<DeviceUuid>& uuid);
 
+// The GPU that the engine uses on this thread: that of the current context, or, where there is none
+// yet, the first one, as in the CUDA runtime. Errors: kUnsupported (no GPU), kDeviceFailed.
+[[nodiscard]] Result<DeviceUuid> current_gpu(const Driver& driver);
+
 // Holds the primary context of a GPU while it lives.
 class Gpu {
  public:

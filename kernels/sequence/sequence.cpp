@@ -32,11 +32,6 @@ Status validate_policy(const PolicyParams& policy, const ModelGeometry& geometry
   return {};
 }
 
-uint32_t budget_in_tokens(uint32_t wanted, const PolicyParams& policy) {
-  if (wanted == kBudgetOfPolicy) return policy.budget_tokens;
-  return wanted == kBudgetNone ? 0 : wanted;
-}
-
 Status require(const SequenceState* state, Phase phase, const char* otherwise) {
   if (state == nullptr) return kClosed;
   if (state->phase != phase) return make_error(kInvalidArgument, otherwise);

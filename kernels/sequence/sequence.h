@@ -26,6 +26,11 @@ namespace thinkv::kernels {
 
 inline constexpr uint32_t kBudgetOfPolicy = 0;
 inline constexpr uint32_t kBudgetNone = 0xFFFF'FFFFu;
+// What stands in a sequence's header: tokens, or 0 for no budget.
+[[nodiscard]] constexpr uint32_t budget_in_tokens(uint32_t wanted, const PolicyParams& policy) {
+  if (wanted == kBudgetOfPolicy) return policy.budget_tokens;
+  return wanted == kBudgetNone ? 0 : wanted;
+}
 inline constexpr uint32_t kBufferTokens = 16;  // newest tokens of a lane, kept at 16 bits
 
 struct SequenceOptions {

@@ -1,7 +1,6 @@
 #include "kernels/sequence/sequence_state.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "kernels/sequence/survivors.h"
@@ -15,9 +14,7 @@ SequenceState::SequenceState(PageSource& source, const KernelSet& kernel_set,
       heap(pages, page_bytes(shape.head_dim)),
       kernels(kernel_set),
       geometry(shape),
-      softmax_scale(shape.softmax_scale > 0.0f
-                        ? shape.softmax_scale
-                        : 1.0f / std::sqrt(static_cast<float>(shape.head_dim))),
+      softmax_scale(softmax_scale_of(shape)),
       store{.pages = &pages,
             .heap = &heap,
             .kernels = &kernels,

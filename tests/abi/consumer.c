@@ -128,10 +128,10 @@ static void struct_sizes(void) {
 
   thinkv_pool_stats stats;
   memset(&stats, 0xAB, sizeof(stats));
-  stats.struct_size = offsetof(thinkv_pool_stats, reserved);
+  stats.struct_size = offsetof(thinkv_pool_stats, pool_name); /* before pool_name */
   OK(thinkv_client_pool_stats(client, &stats, &error));
   CHECK(strcmp(stats.backend, "host") == 0 && stats.pool_bytes > 0);
-  CHECK(stats.reserved[0] == 0xABABABABABABABABull); /* not written past the caller's size */
+  CHECK((unsigned char)stats.pool_name[0] == 0xAB); /* not written past the caller's size */
   stats.struct_size = 8;
   FAILS(thinkv_client_pool_stats(client, &stats, &error), THINKV_INVALID_ARGUMENT, "struct_size");
 
@@ -144,6 +144,23 @@ static void struct_sizes(void) {
   CHECK(thinkv_client_ping(NULL, &small) == THINKV_INVALID_ARGUMENT);
   CHECK(strcmp(small.text, "the ") == 0 && small.text[5] == 0x55);
   thinkv_client_close(client);
+}
+
+static void pools(void) {
+  start_phase("pools");
+  thinkv_client* client = NULL;
+  thinkv_client_options options = THINKV_CLIENT_OPTIONS_INIT;
+  options.pool_name = "default";
+  OK(thinkv_client_open(&options, &client, &error));
+  thinkv_pool_stats stats = {.struct_size = sizeof(stats)};
+  OK(thinkv_client_pool_stats(client, &stats, &error));
+  CHECK(strcmp(stats.pool_name, "default") == 0);
+  thinkv_client_close(client);
+  options.pool_name = "elsewhere";
+  FAILS(thinkv_client_open(&options, &client, &error), THINKV_NOT_FOUND, "no pool 'elsewhere'");
+  options.pool_name = NULL;
+  options.reserved0 = 1;
+  FAILS(thinkv_client_open(&options, &client, &error), THINKV_INVALID_ARGUMENT, "reserved");
 }
 
 static void main_path(void) {
@@ -191,6 +208,7 @@ static void main_path(void) {
 int main(void) {
   null_arguments();
   struct_sizes();
+  pools();
   main_path();
   puts("ok");
   return 0;

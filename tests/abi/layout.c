@@ -27,13 +27,15 @@ AT(thinkv_client_options, threads, 4);
 AT(thinkv_client_options, socket_path, 8);
 AT(thinkv_client_options, client_name, 16);
 AT(thinkv_client_options, timeout_ms, 24);
-AT(thinkv_client_options, reserved, 28);
+AT(thinkv_client_options, reserved0, 28);
+AT(thinkv_client_options, pool_name, 32);
+AT(thinkv_client_options, reserved, 40);
 
 SIZE(thinkv_pool_stats, 136);
 AT(thinkv_pool_stats, backend, 8);
 AT(thinkv_pool_stats, pool_bytes, 24);
 AT(thinkv_pool_stats, client_leased_bytes, 64);
-AT(thinkv_pool_stats, reserved, 72);
+AT(thinkv_pool_stats, pool_name, 72);
 
 SIZE(thinkv_model_options, 72);
 AT(thinkv_model_options, layers, 4);

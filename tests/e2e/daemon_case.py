@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,12 @@ policies: {{directories: [{policies}]}}
 metrics: {{port: {metrics}}}
 log: {{level: debug}}
 """
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class DaemonCase(unittest.TestCase):

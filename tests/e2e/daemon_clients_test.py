@@ -98,11 +98,20 @@ class Control(DaemonCase):
                 control.expect(raw.WELCOME)
         return caught.exception
 
+    def test_hellos_in_another_order_than_the_connections(self):
+        self.start()
+        first = raw.Control(self.socket)
+        second = raw.Engine(self.socket)
+        first.send(raw.message(raw.HELLO, body=raw.hello_body()))
+        self.assertEqual(first.receive()[0], raw.WELCOME)
+        self.assertEqual(second.call(raw.PING)[1], raw.OK)
+        self.assertEqual(len(self.status()["clients"]), 2)
+
     def test_wrong_protocol_version_says_which_side_to_upgrade(self):
         self.start()
-        newer = self.refused(raw.message(raw.HELLO, body=raw.hello_body(major=2)))
+        newer = self.refused(raw.message(raw.HELLO, body=raw.hello_body(major=3)))
         self.assertEqual(newer.code, raw.VERSION_MISMATCH)
-        self.assertIn("libthinkv speaks protocol 2", newer.text)
+        self.assertIn("libthinkv speaks protocol 3", newer.text)
         self.assertIn("upgrade the daemon", newer.text)
         # A Hello of another version may have another size.
         older = self.refused(raw.message(raw.HELLO, body=b"\0" * 20))

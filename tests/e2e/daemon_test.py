@@ -12,13 +12,7 @@ import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import raw_client  # noqa: E402
-from daemon_case import BIN, SOURCE, DaemonCase  # noqa: E402
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from daemon_case import BIN, SOURCE, DaemonCase, free_port  # noqa: E402
 
 
 class StartStop(DaemonCase):
@@ -99,7 +93,7 @@ class CommandLine(DaemonCase):
                               timeout=10, env=self.environment(), check=False)
 
     def test_version(self):
-        self.assertRegex(self.thinkvd("--version").stdout, r"^thinkvd \d+\.\d+\.\d+, protocol 1\.")
+        self.assertRegex(self.thinkvd("--version").stdout, r"^thinkvd \d+\.\d+\.\d+, protocol 2\.")
 
     def test_check_config_accepts_the_shipped_file(self):
         done = self.thinkvd("--config", str(SOURCE / "config/thinkvd.yaml"), "--check-config")
@@ -176,7 +170,8 @@ class Metrics(DaemonCase):
                 return reply.read().decode()
 
         text = ""
-        engine.wait(lambda: 'thinkv_requests_total{op="ping",code="ok"} 1' in scraped(),
+        pings = 'thinkv_requests_total{pool="default",op="ping",code="ok"} 1'
+        engine.wait(lambda: pings in scraped(),
                     what="the ping in the metrics")
         text = scraped()
         for family in ("thinkv_build_info", "thinkv_start_time_seconds", "thinkv_pool_bytes",
@@ -186,8 +181,8 @@ class Metrics(DaemonCase):
                        "thinkv_event_loop_lag_seconds", "thinkv_config_last_reload_successful",
                        "thinkv_connections_rejected_total", "thinkv_protocol_violations_total"):
             self.assertRegex(text, rf"(?m)^{family}(\{{.*\}})? \d")
-        self.assertIn('thinkv_pool_bytes{state="total"} 16777216', text)
-        self.assertIn('thinkv_clients{tenant="default"} 1', text)
+        self.assertIn('thinkv_pool_bytes{pool="default",state="total"} 16777216', text)
+        self.assertIn('thinkv_clients{pool="default",tenant="default"} 1', text)
 
     def test_a_taken_port_does_not_stop_the_daemon(self):
         with socket.socket() as taken:

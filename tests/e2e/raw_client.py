@@ -13,7 +13,7 @@ import time
 
 MAGIC = 0x31564B54
 HELLO, WELCOME, REFUSED, REGISTER_MODEL, MODEL_REGISTERED = 1, 2, 3, 4, 5
-GET_POLICY, POLICY_REPLY, GET_STATUS, STATUS_REPLY, EXTENT, BYE = 6, 7, 8, 9, 10, 11
+GET_POLICY, POLICY_REPLY, GET_STATUS, STATUS_REPLY, EXTENT, BYE, POOLS = 6, 7, 8, 9, 10, 11, 12
 PING, OPEN_SEQUENCE, CLOSE_SEQUENCE, SET_BUDGET, NEED_PAGES, CLIENT_STATS = 1, 2, 3, 4, 5, 6
 ENGINE, OPERATOR = 1, 2
 
@@ -32,8 +32,8 @@ def message(kind, request_id=1, body=b"", fds=0, magic=MAGIC, size=None):
     return HEADER.pack(magic, kind, fds, total, request_id) + body
 
 
-def hello_body(name=b"raw", role=ENGINE, major=1, minor=0, reserved=b""):
-    return struct.pack("<HHI64s16s40s", major, minor, role, name, b"0.1.0", reserved)
+def hello_body(name=b"raw", role=ENGINE, major=2, minor=0, reserved=b"", pool=b""):
+    return struct.pack("<HHI64s16s64s40s", major, minor, role, name, b"0.1.0", pool, reserved)
 
 
 def model_body(layers=4, q_heads=8, kv_heads=2, head_dim=64, value_type=0, scale=0.0):
@@ -107,17 +107,18 @@ class Control:
 class Engine(Control):
     """An admitted engine with its two regions mapped."""
 
-    def __init__(self, path, name=b"raw", pidfd=None):
+    def __init__(self, path, name=b"raw", pidfd=None, pool=b""):
         super().__init__(path)
         self.extents = {}
         fds = [] if pidfd is None else [pidfd]
-        self.send(message(HELLO, body=hello_body(name), fds=len(fds)), fds)
+        self.send(message(HELLO, body=hello_body(name, pool=pool), fds=len(fds)), fds)
         body, fds = self.expect(WELCOME)
         (self.major, self.minor, _, self.epoch, self.client_id, out_bytes,
          in_bytes) = struct.unpack_from("<HHIQQQQ", body)
         self.tenant = body[40:104].split(b"\0")[0].decode()
         self.device_uuid = body[136:152]
         (self.extent_bytes,) = struct.unpack_from("<Q", body, 152)
+        self.pool = body[160:224].split(b"\0")[0].decode()
         self.daemon_fd, self.client_fd, self.bell = fds
         self.out = mmap.mmap(self.daemon_fd, out_bytes, prot=mmap.PROT_READ)
         self.mine = mmap.mmap(self.client_fd, in_bytes)

@@ -19,11 +19,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto config = thinkv::ops::parse_config(text, "/nowhere/thinkvd.yaml", &config_problems);
   THINKV_CHECK(config.has_value() == config_problems.ok());
   if (config) {
-    THINKV_CHECK(config->pool_bytes % config->extent_bytes == 0);
-    THINKV_CHECK(!config->tenants.empty());
-    for (const auto& tenant : config->tenants) {
-      THINKV_CHECK(tenant.reserve_bytes <= tenant.limit_bytes);
-      THINKV_CHECK(tenant.limit_bytes <= config->pool_bytes);
+    THINKV_CHECK(!config->tenants.empty() && !config->pools.empty());
+    for (const auto& pool : config->pools) {
+      THINKV_CHECK(pool.bytes % pool.extent_bytes == 0);
+      for (const auto& tenant : config->tenants) {
+        THINKV_CHECK(tenant.reserve.of(pool.bytes) <= tenant.limit.of(pool.bytes));
+        THINKV_CHECK(tenant.limit.of(pool.bytes) <= pool.bytes);
+      }
     }
   }
   if (reads_files) return 0;

@@ -17,27 +17,13 @@ namespace thinkv::gputest {
 namespace {
 
 using cuda::Element;
+using testing::geometry_of;
+using testing::plain_policy;
 using testing::TwinBatch;
 
 constexpr Format kFormatsToTest[] = {Format::kF16,   Format::kK8V8,   Format::kK8V4,
                                      Format::kK4V4,  Format::kK4V2,   Format::kK2V2,
                                      Format::kNvfp4, Format::kTernary};
-
-PolicyParams policy_of(Format format) {
-  PolicyParams p;
-  std::snprintf(p.name, sizeof p.name, "%s", "test");
-  p.prompt_format = p.sink_format = format;
-  for (Format& f : p.thought_format) f = format;
-  return p;
-}
-ModelGeometry geometry_of(uint32_t layers, uint32_t kv_heads, uint32_t dim,
-                          ValueType type = ValueType::kFp16) {
-  return {.layers = layers,
-          .q_heads = kv_heads,
-          .kv_heads = kv_heads,
-          .head_dim = dim,
-          .value_type = type};
-}
 
 bool good(TwinBatch& batch, const char* what) {
   batch.compare();
@@ -65,7 +51,7 @@ bool check_format(Format format, uint32_t dim, ValueType type, Element element, 
                    .capacity = 3,
                    .extent_pages = 256,
                    .wild = !rotate});
-  PolicyParams policy = policy_of(format);
+  PolicyParams policy = plain_policy(format);
   policy.rotate = rotate ? 1 : 0;
   policy.sink_tokens = 5;
   policy.sink_format = Format::kF16;
@@ -146,7 +132,7 @@ void fill_lease(Bench& b, uint64_t pages, uint64_t extent_pages) {
 
 Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t tokens, bool scored) {
   Bench b;
-  b.policy = policy_of(Format::kK4V4);
+  b.policy = plain_policy(Format::kK4V4);
   if (scored) {
     b.policy.evict = EvictRule::kTbe;
     b.policy.select = SelectRule::kAttention;

@@ -4,10 +4,11 @@ which is the fake one of tests/support where there is no GPU."""
 import ctypes
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_size_t
 from ctypes import c_uint8, c_uint16, c_uint64, c_void_p, py_object
+from uuid import UUID
 
 import numpy as np
 
-CUDA = (2, 0)
+CUDA = 2
 TYPES = {"float32": (2, 32), "float16": (2, 16), "uint16": (4, 16)}  # uint16 stands for bfloat16
 
 
@@ -30,15 +31,34 @@ _new_capsule.argtypes = [c_void_p, c_char_p, c_void_p]
 
 
 class Gpu:
-    """The first GPU of the driver, its primary context current on this thread."""
+    """A GPU of the driver, its primary context current on this thread; `with gpu:` makes it so
+    again for a while."""
 
-    def __init__(self):
+    def __init__(self, number=0):
         self.cuda = ctypes.CDLL("libcuda.so.1")
-        device, context = c_int32(), c_void_p()
+        self.number = number
+        device, self.context = c_int32(), c_void_p()
         self.ok("cuInit", self.cuda.cuInit(0))
-        self.ok("cuDeviceGet", self.cuda.cuDeviceGet(byref(device), 0))
-        self.ok("retain", self.cuda.cuDevicePrimaryCtxRetain(byref(context), device))
-        self.ok("push", self.cuda.cuCtxPushCurrent_v2(context))
+        self.ok("cuDeviceGet", self.cuda.cuDeviceGet(byref(device), number))
+        self.ok("retain", self.cuda.cuDevicePrimaryCtxRetain(byref(self.context), device))
+        uuid = (c_uint8 * 16)()
+        self.ok("uuid", self.cuda.cuDeviceGetUuid_v2(byref(uuid), device))
+        self.uuid = "GPU-" + str(UUID(bytes=bytes(uuid)))
+        self.__enter__()
+
+    @staticmethod
+    def count():
+        cuda, count = ctypes.CDLL("libcuda.so.1"), c_int32()
+        Gpu.ok("cuInit", cuda.cuInit(0))
+        Gpu.ok("count", cuda.cuDeviceGetCount(byref(count)))
+        return count.value
+
+    def __enter__(self):
+        self.ok("push", self.cuda.cuCtxPushCurrent_v2(self.context))
+        return self
+
+    def __exit__(self, *_):
+        self.ok("pop", self.cuda.cuCtxPopCurrent_v2(byref(c_void_p())))
 
     @staticmethod
     def ok(what, result):
@@ -46,7 +66,8 @@ class Gpu:
             raise RuntimeError(f"{what}: CUDA error {result}")
 
     def array(self, values):
-        return GpuArray(self, np.ascontiguousarray(values))
+        with self:
+            return GpuArray(self, np.ascontiguousarray(values))
 
     def empty(self, shape, dtype=np.float32):
         return self.array(np.full(shape, np.nan, dtype))
@@ -61,24 +82,26 @@ class GpuArray:
                                                      c_size_t(values.nbytes)))
 
     def numpy(self):
-        self.gpu.ok("synchronise", self.gpu.cuda.cuStreamSynchronize(c_void_p()))
         values = np.empty(self.shape, self.dtype)
-        self.gpu.ok("to host", self.gpu.cuda.cuMemcpyDtoH_v2(
-            c_void_p(values.ctypes.data), self.address, c_size_t(values.nbytes)))
+        with self.gpu as gpu:
+            gpu.ok("synchronise", gpu.cuda.cuStreamSynchronize(c_void_p()))
+            gpu.ok("to host", gpu.cuda.cuMemcpyDtoH_v2(
+                c_void_p(values.ctypes.data), self.address, c_size_t(values.nbytes)))
         return values
 
     def __del__(self):
-        self.gpu.cuda.cuMemFree_v2(self.address)
+        with self.gpu as gpu:
+            gpu.cuda.cuMemFree_v2(self.address)
 
     def __dlpack_device__(self):
-        return CUDA
+        return CUDA, self.gpu.number
 
     def __dlpack__(self, stream=None):
         assert stream == -1, "no synchronisation is wanted"
         managed = _Managed()
         code, bits = TYPES[self.dtype.name]
         self._shape = (c_int64 * len(self.shape))(*self.shape)
-        managed.tensor = _Tensor(self.address.value, CUDA[0], CUDA[1], len(self.shape), code, bits,
-                                 1, self._shape, None, 0)
+        managed.tensor = _Tensor(self.address.value, CUDA, self.gpu.number, len(self.shape), code,
+                                 bits, 1, self._shape, None, 0)
         self._managed = managed  # lives as long as the array
         return _new_capsule(ctypes.addressof(managed), b"dltensor", None)

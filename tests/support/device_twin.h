@@ -15,6 +15,7 @@
 #include "kernels/sequence/sequence_state.h"
 #include "tests/support/device_lanes.h"
 #include "tests/support/device_pool.h"
+#include "tests/support/shapes.h"
 #include "tests/support/vector_page_source.h"
 #include "thinkv/internal/small_float.h"
 

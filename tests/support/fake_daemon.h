@@ -9,10 +9,12 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "tests/support/ring_daemon.h"
 #include "thinkv/internal/device_uuid.h"
@@ -34,7 +36,19 @@ struct FakeFaults {
   const char* backend = "host";
   DeviceUuid device = {};
   uint64_t extent_bytes = limits::kExtentBytesMin;
+  uint32_t pages = 0;  // of head_dim 64 in one extent, which is sent after Welcome; 0: no extent
+  std::vector<protocol::PoolEntry> pools = {};  // what a Hello that names none is told
+  uint32_t pools_count_more = 0;                // than there are
+  bool pools_always = false;                    // also a Hello that names one
 };
+
+[[nodiscard]] inline protocol::PoolEntry pool_entry(const char* name, const DeviceUuid& device) {
+  protocol::PoolEntry entry{};
+  std::snprintf(entry.name, sizeof entry.name, "%s", name);
+  std::snprintf(entry.backend, sizeof entry.backend, "%s", device.is_none() ? "host" : "cuda");
+  std::memcpy(entry.device_uuid, device.bytes.data(), sizeof entry.device_uuid);
+  return entry;
+}
 
 class FakeDaemon {
  public:
@@ -74,10 +88,24 @@ class FakeDaemon {
         continue;
       }
       alignas(8) std::byte packet[limits::kControlMessageMax];
-      if (::recv(peer.get(), packet, sizeof(packet), 0) <= 0) return;
+      if (::recv(peer.get(), packet, sizeof(packet), 0) <= 0) {
+        peer.reset();
+        continue;
+      }
       protocol::ControlHeader header{};
       std::memcpy(&header, packet, sizeof(header));
-      if (!faults_.silent) answer(peer.get(), header);
+      if (faults_.silent) continue;
+      if (header.type == static_cast<uint16_t>(protocol::MessageType::kHello)) {
+        protocol::Hello hello{};
+        std::memcpy(&hello, packet + sizeof(header), sizeof(hello));
+        if (!faults_.pools.empty() && (faults_.pools_always || hello.pool[0] == '\0')) {
+          tell_pools(peer.get(), header.request_id);
+          peer.reset();
+          continue;
+        }
+        pool_ = hello.pool;
+      }
+      answer(peer.get(), header);
     }
   }
 
@@ -106,6 +134,13 @@ class FakeDaemon {
     }
   }
 
+  void tell_pools(int peer, uint32_t request_id) {
+    protocol::Pools pools{};
+    pools.count = static_cast<uint32_t>(faults_.pools.size()) + faults_.pools_count_more;
+    std::copy(faults_.pools.begin(), faults_.pools.end(), pools.entries);
+    send(peer, protocol::MessageType::kPools, request_id, pools, {});
+  }
+
   void welcome(int peer, uint32_t request_id) {
     if (faults_.refuse_hello != ErrorCode::kOk) {
       protocol::Refused refused{};
@@ -127,9 +162,16 @@ class FakeDaemon {
     reply.extent_bytes = faults_.extent_bytes;
     std::memcpy(reply.device_uuid, faults_.device.bytes.data(), sizeof(reply.device_uuid));
     std::snprintf(reply.backend, sizeof reply.backend, "%s", faults_.backend);
+    std::snprintf(reply.pool, sizeof reply.pool, "%s", pool_.c_str());
     std::snprintf(reply.daemon_version, sizeof reply.daemon_version, "%s", "test");
     send(peer, protocol::MessageType::kWelcome, request_id, reply,
          {daemon_fd_.get(), client_fd_.get(), bell_.get()});
+    if (faults_.pages > 0) {
+      extent_fd_ = sealed_memfd(faults_.extent_bytes);
+      send(peer, protocol::MessageType::kExtent, 0, extent_message(0, faults_.extent_bytes),
+           {extent_fd_.get()});
+    }
+    if (rings_) rings_->start();  // after the extent, so that no page is granted before it
   }
 
   void map_regions() {
@@ -140,8 +182,8 @@ class FakeDaemon {
     daemon_->magic = faults_.wrong_magic ? 0 : shm::kMagicDaemon;
     daemon_->protocol_major = kProtocolMajor;
     daemon_->boot_epoch = faults_.wrong_epoch ? 41 : 42;
-    rings_ = std::make_unique<RingDaemon>(RingDaemon::Options{.out = daemon_, .in = client_});
-    rings_->start();
+    rings_ = std::make_unique<RingDaemon>(
+        RingDaemon::Options{.out = daemon_, .in = client_, .pages = faults_.pages});
   }
 
   template <class Body>
@@ -172,10 +214,12 @@ class FakeDaemon {
   FakeFaults faults_;
   std::string folder_;
   std::string path_;
+  std::string pool_;  // that the last Hello named
   UniqueFd listener_;
   UniqueFd daemon_fd_;
   UniqueFd client_fd_;
   UniqueFd bell_;
+  UniqueFd extent_fd_;
   shm::DaemonRegion* daemon_ = nullptr;
   shm::ClientRegion* client_ = nullptr;
   uint32_t models_ = 0;

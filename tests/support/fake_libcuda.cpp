@@ -3,8 +3,9 @@
 // Memory of a device is a memfd that is full of 0xA5 (a real driver promises no zeros either),
 // device pointers are host pointers, exporting gives a duplicate of the memfd and importing maps it
 // again: so processes share memory as they do through the real driver. It checks what the real
-// one checks: handles, ranges, double maps, a current context.
-//   FAKE_CUDA_DEVICES=n            GPUs (2)
+// one checks: handles, ranges, double maps, a current context. Its GPUs are no peers: one may not
+// map another's memory.
+//   FAKE_CUDA_DEVICES=n            GPUs (2, at most 16)
 //   FAKE_CUDA_VERSION=v            of the driver (12040)
 //   FAKE_CUDA_BYTES=n              of each GPU (4 GiB), counted per process
 //   FAKE_CUDA_RESERVE_MAX=n        longest range of addresses
@@ -64,7 +65,8 @@ std::vector<void*>& context_stack() {
 }
 
 bool valid_device(int32_t device) {
-  return device >= 0 && static_cast<size_t>(device) < number_of("FAKE_CUDA_DEVICES", 2);
+  return device >= 0 && device < kDevicesMax &&
+         static_cast<size_t>(device) < number_of("FAKE_CUDA_DEVICES", 2);
 }
 
 DriverResult enter(const char* name, bool needs_context) {
@@ -80,8 +82,14 @@ DriverResult enter(const char* name, bool needs_context) {
 FAKE_EXPORT void fake_cuda_held(fake::Held* held) {
   const std::lock_guard lock(fake::state().mutex);
   fake::State& state = fake::state();
-  *held = {state.memories.size(),    state.mappings.size(),   state.reservations.size(),
-           state.allocations.size(), state.contexts_retained, fake::context_stack().size()};
+  size_t contexts = 0;
+  for (const size_t retained : state.contexts_retained) contexts += retained;
+  *held = {state.memories.size(),
+           state.mappings.size(),
+           state.reservations.size(),
+           state.allocations.size(),
+           contexts,
+           fake::context_stack().size()};
 }
 
 FAKE_EXPORT DriverResult cuInit(unsigned flags) {
@@ -157,24 +165,27 @@ FAKE_EXPORT DriverResult cuDeviceGetAttribute(int32_t* value,
 FAKE_EXPORT DriverResult cuDevicePrimaryCtxRetain(void** context, int32_t device) {
   FAKE_ENTER("cuDevicePrimaryCtxRetain", false);
   if (!fake::valid_device(device)) return thinkv::cuda::kErrorInvalidDevice;
-  ++fake::state().contexts_retained;
+  ++fake::state().contexts_retained[static_cast<size_t>(device)];
   *context = reinterpret_cast<void*>(static_cast<intptr_t>(device) + 1);
   return kOk;
 }
 
 FAKE_EXPORT DriverResult cuDevicePrimaryCtxRelease_v2(int32_t device) {
   FAKE_ENTER("cuDevicePrimaryCtxRelease_v2", false);
-  if (!fake::valid_device(device) || fake::state().contexts_retained == 0) {
-    return thinkv::cuda::kErrorInvalidContext;
-  }
-  --fake::state().contexts_retained;
+  if (!fake::valid_device(device)) return thinkv::cuda::kErrorInvalidDevice;
+  size_t& retained = fake::state().contexts_retained[static_cast<size_t>(device)];
+  if (retained == 0) return thinkv::cuda::kErrorInvalidContext;
+  --retained;
   return kOk;
 }
 
 FAKE_EXPORT DriverResult cuCtxPushCurrent_v2(void* context) {
   FAKE_ENTER("cuCtxPushCurrent_v2", false);
-  if (context == nullptr || fake::state().contexts_retained == 0)
+  const int32_t device = fake::device_of(context);
+  if (!fake::valid_device(device) ||
+      fake::state().contexts_retained[static_cast<size_t>(device)] == 0) {
     return thinkv::cuda::kErrorInvalidContext;
+  }
   fake::context_stack().push_back(context);
   return kOk;
 }
@@ -183,6 +194,12 @@ FAKE_EXPORT DriverResult cuCtxPopCurrent_v2(void** context) {
   FAKE_ENTER("cuCtxPopCurrent_v2", true);
   *context = fake::context_stack().back();
   fake::context_stack().pop_back();
+  return kOk;
+}
+
+FAKE_EXPORT DriverResult cuCtxGetDevice(int32_t* device) {
+  FAKE_ENTER("cuCtxGetDevice", true);
+  *device = fake::current_device();
   return kOk;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <string>
 
 #include "tests/support/fake_libcuda_state.h"
 
@@ -31,11 +32,26 @@ size_t device_bytes() {
   return fake::number_of("FAKE_CUDA_BYTES", size_t{4} << 30);
 }
 
-size_t used_bytes() {
+size_t used_bytes(int32_t device) {
   size_t used = 0;
   for (const auto& [handle, memory] : fake::state().memories)
-    used += memory.created ? memory.bytes : 0;
+    used += memory.created && memory.device == device ? memory.bytes : 0;
   return used;
+}
+
+// Memory of a device goes from process to process by its descriptor alone, so the device is in the
+// memfd's name.
+constexpr char kMemfdName[] = "fake-cuda-";
+
+// -1: not ours. The link reads "/memfd:NAME (deleted)".
+int32_t device_of_memfd(int fd) {
+  char link[128] = {};
+  const std::string path = "/proc/self/fd/" + std::to_string(fd);
+  if (::readlink(path.c_str(), link, sizeof(link) - 1) < 0) return -1;
+  const char* found = std::strstr(link, kMemfdName);
+  return found == nullptr
+             ? -1
+             : static_cast<int32_t>(std::strtol(found + sizeof(kMemfdName) - 1, nullptr, 10));
 }
 
 void* host(DevicePointer address) {
@@ -93,6 +109,7 @@ bool accessible(DevicePointer address, size_t bytes, bool write) {
 }
 
 // Memory of this process alone.
+// Requires: a current context.
 DriverResult allocate(DevicePointer* address, size_t bytes, bool on_device) {
   constexpr size_t kAlignment = 512;
   if (bytes == 0) return kInvalid;
@@ -100,7 +117,7 @@ DriverResult allocate(DevicePointer* address, size_t bytes, bool on_device) {
   if (data == nullptr) return thinkv::cuda::kErrorOutOfMemory;
   std::memset(data, fake::kGarbage, bytes);
   *address = reinterpret_cast<DevicePointer>(data);
-  fake::state().allocations[*address] = {bytes, on_device};
+  fake::state().allocations[*address] = {bytes, fake::current_device(), on_device};
   return kOk;
 }
 
@@ -119,7 +136,7 @@ DriverResult deallocate(DevicePointer address, bool on_device) {
 FAKE_EXPORT DriverResult cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
   FAKE_ENTER("cuMemGetInfo_v2", true);
   *total_bytes = device_bytes();
-  *free_bytes = *total_bytes - std::min(*total_bytes, used_bytes());
+  *free_bytes = *total_bytes - std::min(*total_bytes, used_bytes(fake::current_device()));
   return kOk;
 }
 
@@ -143,17 +160,18 @@ FAKE_EXPORT DriverResult cuMemCreate(MemoryHandle* handle, size_t bytes,
       !fake::valid_device(properties->location.id)) {
     return kInvalid;
   }
-  if (bytes > device_bytes() - std::min(device_bytes(), used_bytes())) {
+  const int32_t device = properties->location.id;
+  if (bytes > device_bytes() - std::min(device_bytes(), used_bytes(device))) {
     return thinkv::cuda::kErrorOutOfMemory;
   }
-  const int fd = ::memfd_create("fake-cuda", MFD_CLOEXEC);
+  const int fd = ::memfd_create((kMemfdName + std::to_string(device)).c_str(), MFD_CLOEXEC);
   if (fd < 0) return thinkv::cuda::kErrorOperatingSystem;
   if (::ftruncate(fd, static_cast<off_t>(bytes)) != 0 || !fill_with_garbage(fd, bytes)) {
     ::close(fd);
     return thinkv::cuda::kErrorOutOfMemory;
   }
   *handle = ++fake::state().last_handle;
-  fake::state().memories[*handle] = {fd, bytes, true};
+  fake::state().memories[*handle] = {fd, bytes, device, true};
   return kOk;
 }
 
@@ -194,7 +212,8 @@ FAKE_EXPORT DriverResult cuMemImportFromShareableHandle(MemoryHandle* handle, vo
   const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
   if (copy < 0) return thinkv::cuda::kErrorOperatingSystem;
   *handle = ++fake::state().last_handle;
-  fake::state().memories[*handle] = {copy, static_cast<size_t>(info.st_size), false};
+  fake::state().memories[*handle] = {copy, static_cast<size_t>(info.st_size), device_of_memfd(copy),
+                                     false};
   return kOk;
 }
 
@@ -241,7 +260,7 @@ FAKE_EXPORT DriverResult cuMemMap(DevicePointer address, size_t bytes, size_t of
   }
   void* data = ::mmap(host(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, found->second.fd, 0);
   if (data == MAP_FAILED) return thinkv::cuda::kErrorOutOfMemory;
-  fake::state().mappings[address] = {bytes, AccessFlags::kNone};
+  fake::state().mappings[address] = {bytes, found->second.device, AccessFlags::kNone};
   return kOk;
 }
 
@@ -262,6 +281,10 @@ FAKE_EXPORT DriverResult cuMemSetAccess(DevicePointer address, size_t bytes,
   if (count != 1 || found == fake::state().mappings.end() || found->second.bytes != bytes ||
       !fake::valid_device(access->location.id)) {
     return kInvalid;
+  }
+  // Memory of no fake device is a test's own file: any may map it.
+  if (found->second.device >= 0 && found->second.device != access->location.id) {
+    return thinkv::cuda::kErrorInvalidDevice;
   }
   const bool write = access->flags == AccessFlags::kReadWrite;
   const bool read = write || access->flags == AccessFlags::kRead;
@@ -325,15 +348,22 @@ FAKE_EXPORT DriverResult cuMemFreeHost(void* address) {
   return deallocate(reinterpret_cast<DevicePointer>(address), false);
 }
 
-// The memory type only: 1 is the host's, 2 the device's.
+// The memory type (1 is the host's, 2 the device's) and the device's ordinal.
 FAKE_EXPORT DriverResult cuPointerGetAttribute(void* value, int32_t attribute,
                                                DevicePointer address) {
   FAKE_ENTER("cuPointerGetAttribute", false);
   constexpr int32_t kMemoryType = 2;
+  constexpr int32_t kDeviceOrdinal = 9;
   const Allocation* allocation = allocation_of(address, 1);
-  const bool mapped = mapping_of(address, 1) != nullptr;
-  if (attribute != kMemoryType || (allocation == nullptr && !mapped)) return kInvalid;
-  const uint32_t type = mapped || allocation->on_device ? 2 : 1;
+  const Mapping* mapping = mapping_of(address, 1);
+  if (allocation == nullptr && mapping == nullptr) return kInvalid;
+  if (attribute == kDeviceOrdinal) {
+    const int32_t device = mapping != nullptr ? mapping->device : allocation->device;
+    std::memcpy(value, &device, sizeof(device));
+    return kOk;
+  }
+  if (attribute != kMemoryType) return kInvalid;
+  const uint32_t type = mapping != nullptr || allocation->on_device ? 2 : 1;
   std::memcpy(value, &type, sizeof(type));
   return kOk;
 }

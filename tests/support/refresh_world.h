@@ -14,6 +14,7 @@
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/sequence.h"
 #include "kernels/sequence/scores.h"
+#include "tests/support/device_pool.h"
 #include "tests/support/sequence_fixture.h"
 
 namespace thinkv::testing {
@@ -66,49 +67,22 @@ inline const kernels::KernelSet& planted_kernels() {
 
 // ---- the device ----
 
-// A pool, a lease and a batch of rows in plain memory.
+// A batch of rows in a pool whose free pages are all in the lease.
 class DeviceBatch {
  public:
-  static constexpr uint64_t kExtentBytes = uint64_t{1} << 18;
-  static constexpr uint32_t kListPages = 4096;  // of a layer
-
   DeviceBatch(const ModelGeometry& g, uint32_t capacity, uint32_t pool_pages)
-      : per_extent_(static_cast<uint32_t>(kExtentBytes / page_bytes(g.head_dim))),
-        extents_((pool_pages + per_extent_ - 1) / per_extent_),
-        memory_(static_cast<unsigned char*>(std::aligned_alloc(256, extents_ * kExtentBytes))),
-        lease_pages(size_t{extents_} * per_extent_),
-        roots(capacity, PageId::kNoneRaw),
-        positions_(capacity),
-        emit_(size_t{g.layers} * capacity),
-        lane_begin_(size_t{g.layers} * (capacity * g.kv_heads + 1)),
-        sites_(size_t{g.lanes()} * capacity),
-        pages_(size_t{g.layers} * kListPages),
-        score_rows_(size_t{g.layers} * kListPages),
-        sparsity_(size_t{g.lanes()} * capacity) {
-    std::memset(memory_.get(), 0xFF, extents_ * kExtentBytes);
-    for (uint32_t i = 0; i < lease_pages.size(); ++i) {
-      lease_pages[i] = (i / per_extent_) << PageId::kIndexBits | i % per_extent_;
-    }
-    lease.count = lease.capacity = static_cast<uint32_t>(lease_pages.size());
-    lease.pages = lease_pages.data();
-    view = {.pool = {reinterpret_cast<uint64_t>(memory_.get()), kExtentBytes, extents_},
-            .geometry = g,
-            .roots = roots.data(),
-            .capacity = capacity,
-            .pages_max = kListPages,
-            .lease = &lease,
-            .progress = &progress,
-            .positions = positions_.data(),
-            .emit = emit_.data(),
-            .lane_begin = lane_begin_.data(),
-            .sites = sites_.data(),
-            .pages = pages_.data(),
-            .score_rows = score_rows_.data(),
-            .sparsity = sparsity_.data()};
+      : pool_({.geometry = g,
+               .capacity = capacity,
+               .extents = (pool_pages + kExtentPages - 1) / kExtentPages,
+               .extent_pages = kExtentPages}),
+        view(pool_.view()),
+        lease(pool_.lease()),
+        roots(&pool_.root(0)) {
+    pool_.supply(static_cast<uint32_t>(pool_.total_pages()));
   }
 
   void open(uint32_t row, const PolicyParams& policy, uint32_t budget) {
-    roots[row] = lease_pages[--lease.count];
+    roots[row] = lease.pages[--lease.count];
     ASSERT_EQ(cuda::launch_open(view, roots[row], policy, budget, false, nullptr), 0);
     ASSERT_NE(sequence(row), nullptr);
   }
@@ -126,30 +100,14 @@ class DeviceBatch {
     return all;
   }
 
-  cuda::BatchView view{};
-  cuda::Lease lease{};
-  cuda::Progress progress{};
-
  private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
-  uint32_t per_extent_;
-  uint32_t extents_;
-  std::unique_ptr<unsigned char, Free> memory_;
+  static constexpr uint32_t kExtentPages = 100;
+  DevicePool pool_;
 
  public:
-  std::vector<uint32_t> lease_pages;
-  std::vector<uint32_t> roots;
-
- private:
-  std::vector<uint32_t> positions_;
-  std::vector<uint8_t> emit_;
-  std::vector<uint32_t> lane_begin_;
-  std::vector<cuda::TokenSite> sites_;
-  std::vector<cuda::PageView> pages_;
-  std::vector<uint16_t*> score_rows_;
-  std::vector<cuda::LaneSparsity> sparsity_;
+  const cuda::BatchView view;
+  cuda::Lease& lease;
+  uint32_t* const roots;
 };
 
 // What attention leaves on the device: sparsity of every lane, and scores where they are due.

@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <random>
@@ -14,6 +13,7 @@
 
 #include "kernels/sequence/sequence.h"
 #include "kernels/sequence/sequence_state.h"
+#include "tests/support/shapes.h"
 #include "tests/support/vector_page_source.h"
 
 namespace thinkv::testing {
@@ -30,14 +30,6 @@ inline ModelGeometry geometry_of(const GeometryShape& shape) {
           .q_heads = shape.kv_heads * shape.group,
           .kv_heads = shape.kv_heads,
           .head_dim = shape.head_dim};
-}
-
-inline PolicyParams plain_policy(Format format) {
-  PolicyParams p;
-  std::snprintf(p.name, sizeof p.name, "%s", "test");
-  p.prompt_format = p.sink_format = format;
-  for (Format& f : p.thought_format) f = format;
-  return p;
 }
 
 // Schedule 64, 32, 16, 8, 4 on segments of 128 (the paper's).

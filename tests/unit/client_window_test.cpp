@@ -230,5 +230,118 @@ TEST_F(CudaSession, GpuThatThisProcessDoesNotSeeIsUnsupported) {
   EXPECT_EQ(session.error().code, ErrorCode::kUnsupported);
 }
 
+// What the fake driver says is current in this thread while it lives.
+class CurrentGpu {
+ public:
+  CurrentGpu(const cuda::Driver& driver, int32_t device) : driver_(driver), device_(device) {
+    cuda::ContextHandle context = nullptr;
+    EXPECT_EQ(driver.primary_context_retain(&context, device), cuda::kSuccess);
+    EXPECT_EQ(driver.context_push(context), cuda::kSuccess);
+  }
+  ~CurrentGpu() {
+    cuda::ContextHandle context = nullptr;
+    EXPECT_EQ(driver_.context_pop(&context), cuda::kSuccess);
+    EXPECT_EQ(driver_.primary_context_release(device_), cuda::kSuccess);
+  }
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+
+ private:
+  const cuda::Driver& driver_;
+  int32_t device_;
+};
+
+const std::vector<protocol::PoolEntry> kThreePools = {
+    test::pool_entry("ram", {}), test::pool_entry("first", fake_cuda::uuid_of(0)),
+    test::pool_entry("second", fake_cuda::uuid_of(1))};
+
+TEST_F(CudaSession, WithoutANameThePoolOfTheCurrentGpuIsTaken) {
+  for (const int32_t device : {1, 0}) {
+    const CurrentGpu current(*driver_, device);
+    FakeDaemon daemon({.backend = "cuda",
+                       .device = fake_cuda::uuid_of(device),
+                       .extent_bytes = kBytes,
+                       .pools = kThreePools});
+    const auto session = Session::open({.socket_path = daemon.path(), .client_name = "choice"});
+    ASSERT_TRUE(session) << session.error().what;
+    EXPECT_STREQ((*session)->pool(), device == 1 ? "second" : "first");
+  }
+}
+
+TEST_F(CudaSession, WithoutAContextTheFirstGpuCounts) {
+  FakeDaemon daemon({.backend = "cuda",
+                     .device = fake_cuda::uuid_of(0),
+                     .extent_bytes = kBytes,
+                     .pools = kThreePools});
+  const auto session = Session::open({.socket_path = daemon.path(), .client_name = "choice"});
+  ASSERT_TRUE(session) << session.error().what;
+  EXPECT_STREQ((*session)->pool(), "first");
+}
+
+TEST_F(CudaSession, ANameIsSentAsItIs) {
+  const CurrentGpu current(*driver_, 1);
+  FakeDaemon daemon({.pools = kThreePools});
+  const auto session =
+      Session::open({.socket_path = daemon.path(), .client_name = "choice", .pool = "ram"});
+  ASSERT_TRUE(session) << session.error().what;
+  EXPECT_STREQ((*session)->pool(), "ram");
+}
+
+struct BadChoice {
+  test::FakeFaults faults;
+  ErrorCode code;
+  const char* words;
+};
+
+TEST_F(CudaSession, PoolsAmongWhichNoneCanBeChosen) {
+  const CurrentGpu current(*driver_, 1);
+  const std::vector<protocol::PoolEntry> hosts = {test::pool_entry("a", {}),
+                                                  test::pool_entry("b", {})};
+  const std::vector<protocol::PoolEntry> elsewhere = {
+      test::pool_entry("first", fake_cuda::uuid_of(0)),
+      test::pool_entry("third", fake_cuda::uuid_of(2))};
+  const BadChoice choices[] = {
+      {{.pools = hosts}, ErrorCode::kInvalidArgument, "several pools: name one"},
+      {{.pools = hosts}, ErrorCode::kInvalidArgument, "THINKV_POOL): a, b"},
+      {{.pools = elsewhere},
+       ErrorCode::kInvalidArgument,
+       "none on GPU-face0000-c0de-0000-0000-000000000002: name one"},
+      {{.pools = hosts, .pools_count_more = 15}, ErrorCode::kUnavailable, "announced 17 pools"},
+      {{.pools = kThreePools, .pools_always = true},
+       ErrorCode::kUnavailable,
+       "does not take the name of its pool 'second'"},
+  };
+  for (const BadChoice& choice : choices) {
+    FakeDaemon daemon(choice.faults);
+    const auto session = Session::open({.socket_path = daemon.path(), .client_name = "choice"});
+    ASSERT_FALSE(session) << choice.words;
+    EXPECT_EQ(session.error().code, choice.code) << session.error().what;
+    EXPECT_NE(std::string(session.error().what).find(choice.words), std::string::npos)
+        << session.error().what;
+  }
+}
+
+TEST_F(CudaSession, ANameThatIsTooLongIsNotCut) {
+  FakeDaemon daemon({});
+  const auto session = Session::open(
+      {.socket_path = daemon.path(), .client_name = "choice", .pool = std::string(64, 'x')});
+  ASSERT_FALSE(session);
+  EXPECT_EQ(session.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(DeviceWindowTest, MemoryOfAnotherGpuCannotBeMappedByMistake) {
+  const auto window = std::move(open()).value();
+  const auto other =
+      std::move(device::CudaDevice::open(*driver_,
+                                         cuda::find_gpu(*driver_, fake_cuda::uuid_of(0)).value()))
+          .value();
+  ASSERT_TRUE(other->create_extent(ExtentId(0), kBytes));
+  EXPECT_FALSE(window->map(ExtentId(0), other->export_fd(ExtentId(0)).value(), Access::kReadWrite));
+  EXPECT_FALSE(window->mapped(ExtentId(0)));
+  ASSERT_TRUE(device_->create_extent(ExtentId(0), kBytes));
+  EXPECT_TRUE(
+      window->map(ExtentId(0), device_->export_fd(ExtentId(0)).value(), Access::kReadWrite));
+}
+
 }  // namespace
 }  // namespace thinkv::client

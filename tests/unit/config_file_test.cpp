@@ -38,17 +38,46 @@ void collect_keys(const YamlNode& node, const std::string& path, std::vector<std
   }
 }
 
+// The `pools` of the shipped file stand in a comment, because `pool` excludes them.
+std::string commented_pools() {
+  std::ifstream in(source_file("config/thinkvd.yaml"));
+  std::string line;
+  std::string text;
+  while (std::getline(in, line)) {
+    if (line == "# pools:" || (!text.empty() && line.starts_with("# "))) {
+      text.append(line.substr(2)).append("\n");
+    } else if (!text.empty()) {
+      break;
+    }
+  }
+  return text;
+}
+
 TEST(ConfigFile, ShippedFileHasExactlyTheKeysOfTheCode) {
   const std::string file = source_file("config/thinkvd.yaml");
   Diagnostics diagnostics(file);
   const auto text = read_text_file(file, &diagnostics);
   ASSERT_TRUE(text) << diagnostics.text();
-  const auto tree = parse_yaml(*text, &diagnostics);
-  ASSERT_TRUE(tree) << diagnostics.text();
   std::vector<std::string> keys;
-  collect_keys(*tree, "", &keys);
+  for (const std::string& part : {*text, commented_pools()}) {
+    const auto tree = parse_yaml(part, &diagnostics);
+    ASSERT_TRUE(tree) << diagnostics.text();
+    collect_keys(*tree, "", &keys);
+  }
   std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
   EXPECT_EQ(keys, config_keys());
+}
+
+TEST(ConfigFile, ThePoolsOfTheShippedComment) {
+  Diagnostics diagnostics("t.yaml");
+  const auto config = parse(commented_pools(), &diagnostics);
+  ASSERT_TRUE(config) << diagnostics.text();
+  ASSERT_EQ(config->pools.size(), 2u);
+  EXPECT_EQ(config->pools[1].name, "gpu1");
+  EXPECT_EQ(config->pools[1].backend, Backend::kCuda);
+  EXPECT_EQ(config->pools[1].bytes, uint64_t{64} << 30);
+  EXPECT_EQ(restart_keys(default_config(), *config), std::vector<std::string>{"pools"});
 }
 
 TEST(ConfigFile, EveryKeyOfTheShippedFileIsExplained) {
@@ -78,10 +107,7 @@ TEST(ConfigFile, ShippedFileSaysTheDefaults) {
   const Config code = default_config();
   EXPECT_EQ(shipped->socket_path, code.socket_path);
   EXPECT_EQ(shipped->socket_access, code.socket_access);
-  EXPECT_EQ(shipped->backend, code.backend);
-  EXPECT_EQ(shipped->device, code.device);
-  EXPECT_EQ(shipped->pool_bytes, code.pool_bytes);
-  EXPECT_EQ(shipped->extent_bytes, code.extent_bytes);
+  EXPECT_EQ(shipped->pools, code.pools);
   EXPECT_EQ(shipped->tenants, code.tenants);
   EXPECT_EQ(shipped->default_tenant, code.default_tenant);
   EXPECT_EQ(shipped->metrics_address, code.metrics_address);
@@ -121,15 +147,17 @@ TEST(ConfigFile, EveryKindOfValue) {
   ASSERT_TRUE(config) << diagnostics.text();
   EXPECT_EQ(config->socket_path, "/etc/run/c.sock");
   EXPECT_EQ(config->socket_access, SocketAccess::kUser);
-  EXPECT_EQ(config->pool_bytes, uint64_t{2} << 30);
-  EXPECT_EQ(config->extent_bytes, uint64_t{128} << 20);
+  ASSERT_EQ(config->pools.size(), 1u);
+  EXPECT_EQ(config->pools[0].name, "default");
+  EXPECT_EQ(config->pools[0].bytes, uint64_t{2} << 30);
+  EXPECT_EQ(config->pools[0].extent_bytes, uint64_t{128} << 20);
   ASSERT_EQ(config->tenants.size(), 2u);
   EXPECT_EQ(config->tenants[0].uids, (std::vector<uint32_t>{0, 1234}));
   EXPECT_EQ(config->tenants[0].gids, (std::vector<uint32_t>{0}));
-  EXPECT_EQ(config->tenants[0].limit_bytes, uint64_t{1536} << 20);
+  EXPECT_EQ(config->tenants[0].limit, (Share{uint64_t{1536} << 20, false}));
   EXPECT_EQ(config->tenants[0].priority, 90u);
-  EXPECT_EQ(config->tenants[1].limit_bytes, uint64_t{2} << 30);
-  EXPECT_EQ(config->tenants[0].reserve_bytes, uint64_t{512} << 20);
+  EXPECT_EQ(config->tenants[1].limit.of(uint64_t{2} << 30), uint64_t{2} << 30);
+  EXPECT_EQ(config->tenants[0].reserve.of(uint64_t{2} << 30), uint64_t{512} << 20);
   EXPECT_EQ(config->default_tenant, "");
   EXPECT_EQ(config->policy_directories, (std::vector<std::string>{"/etc/p", "/abs"}));
   EXPECT_EQ(config->policy_files, (std::vector<std::string>{"/etc/one.yaml"}));
@@ -139,7 +167,7 @@ TEST(ConfigFile, EveryKindOfValue) {
 
 TEST(ConfigFile, RestartKeysAreNamed) {
   Config next = default_config();
-  next.pool_bytes *= 2;
+  next.pools[0].bytes *= 2;
   next.socket_path = "/x";
   next.log_level = LogLevel::kDebug;
   EXPECT_EQ(restart_keys(default_config(), next),
@@ -150,21 +178,62 @@ TEST(ConfigFile, BackendAndItsDevice) {
   Diagnostics diagnostics("t.yaml");
   const auto plain = parse("pool: {backend: cuda}", &diagnostics);
   ASSERT_TRUE(plain) << diagnostics.text();
-  EXPECT_EQ(plain->backend, Backend::kCuda);
-  EXPECT_FALSE(plain->device);
+  EXPECT_EQ(plain->pools[0].backend, Backend::kCuda);
+  EXPECT_FALSE(plain->pools[0].device);
   const auto chosen = parse(
       "pool: {device: GPU-FACE0000-c0de-0000-0000-00000000000a, backend: cuda}", &diagnostics);
   ASSERT_TRUE(chosen) << diagnostics.text();
-  ASSERT_TRUE(chosen->device);
-  EXPECT_EQ(device_uuid_text(*chosen->device), "GPU-face0000-c0de-0000-0000-00000000000a");
+  ASSERT_TRUE(chosen->pools[0].device);
+  EXPECT_EQ(device_uuid_text(*chosen->pools[0].device), "GPU-face0000-c0de-0000-0000-00000000000a");
   const auto bare =
       parse("pool: {backend: cuda, device: face0000-c0de-0000-0000-00000000000a}", &diagnostics);
   ASSERT_TRUE(bare) << diagnostics.text();
-  EXPECT_EQ(bare->device, chosen->device);
+  EXPECT_EQ(bare->pools[0].device, chosen->pools[0].device);
   const auto host = parse("pool: {backend: host, device: auto}", &diagnostics);
   ASSERT_TRUE(host) << diagnostics.text();
   EXPECT_EQ(restart_keys(*host, *plain), std::vector<std::string>{"pool.backend"});
   EXPECT_EQ(restart_keys(*plain, *chosen), std::vector<std::string>{"pool.device"});
+}
+
+TEST(ConfigFile, SeveralPoolsAndTheSharesOfTenantsInEach) {
+  Diagnostics diagnostics("t.yaml");
+  const auto config = parse(
+      "pools:\n"
+      "  - {name: gpu0, backend: cuda, device: GPU-face0000-c0de-0000-0000-000000000001}\n"
+      "  - {name: gpu1, backend: cuda, device: GPU-face0000-c0de-0000-0000-000000000002,\n"
+      "     bytes: 4GiB, extent_bytes: 128MiB}\n"
+      "  - {name: ram, bytes: 128MiB, extent_bytes: 2MiB}\n"
+      "tenants: [{name: default, reserve: 25%, limit: 128MiB}]\n",
+      &diagnostics);
+  EXPECT_FALSE(config);
+  EXPECT_EQ(diagnostics.text(), "t.yaml:6: tenants[].reserve: is more than the tenant's limit")
+      << "25 % of 1 GiB";
+  Diagnostics none("t.yaml");
+  const auto fitting = parse(
+      "pools: [{name: a}, {name: b, bytes: 128MiB}]\n"
+      "tenants: [{name: default, reserve: 10%, limit: 50%}]\n",
+      &none);
+  ASSERT_TRUE(fitting) << none.text();
+  ASSERT_EQ(fitting->pools.size(), 2u);
+  EXPECT_EQ(fitting->pools[0].bytes, uint64_t{1} << 30);
+  const TenantSettings& tenant = fitting->tenants[0];
+  EXPECT_EQ(tenant.limit.of(fitting->pools[0].bytes), uint64_t{512} << 20);
+  EXPECT_EQ(tenant.limit.of(fitting->pools[1].bytes), uint64_t{64} << 20);
+}
+
+TEST(ConfigFile, RestartKeysOfSeveralPools) {
+  Diagnostics none("t.yaml");
+  const auto two = parse("pools: [{name: a}, {name: b}]", &none);
+  const auto swapped = parse("pools: [{name: b}, {name: a}]", &none);
+  const auto larger = parse("pools: [{name: a}, {name: b, bytes: 2GiB, backend: cuda}]", &none);
+  ASSERT_TRUE(two && swapped && larger) << none.text();
+  EXPECT_EQ(restart_keys(*two, *swapped), std::vector<std::string>{"pools"});
+  EXPECT_EQ(restart_keys(*two, default_config()), std::vector<std::string>{"pools"});
+  EXPECT_EQ(restart_keys(*two, *larger),
+            (std::vector<std::string>{"pools[].backend", "pools[].bytes"}));
+  const auto same = parse("pools: [{name: default}]", &none);
+  ASSERT_TRUE(same) << none.text();
+  EXPECT_TRUE(restart_keys(*same, default_config()).empty());
 }
 
 TEST(ConfigFile, TextsThatAreNoUuid) {
@@ -198,7 +267,7 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         BadFile{"colour: red",
                 "t.yaml:1: colour: unknown key; allowed here: socket, pool, "
-                "tenants, default_tenant, policies, metrics, log, limits"},
+                "pools, tenants, default_tenant, policies, metrics, log, limits"},
         BadFile{"log: {level: info}\npool: {}\nlog: {level: error}",
                 "t.yaml:3: log: given twice, first in line 1"},
         BadFile{"pool:\n  bytes: 1GiB\n  bytes: 2GiB",
@@ -279,6 +348,42 @@ INSTANTIATE_TEST_SUITE_P(
         BadFile{"log: {level: verbose}",
                 "t.yaml:1: log.level: \"verbose\" is not known; allowed: "
                 "debug, info, warning, error"}));
+
+#define THINKV_GPU_1 "backend: cuda, device: GPU-face0000-c0de-0000-0000-000000000001"
+
+INSTANTIATE_TEST_SUITE_P(
+    Pools, ConfigFileBad,
+    testing::Values(
+        BadFile{"pool: {bytes: 1GiB}\npools: [{name: a}]",
+                "t.yaml:2: pools: give pool or pools, not both"},
+        BadFile{"pools: []", "t.yaml:1: pools: 1 to 16 entries are allowed"},
+        BadFile{"pools: {name: a}", "t.yaml:1: pools: a list is expected, not a map"},
+        BadFile{"pools: [{bytes: 1GiB}]", "t.yaml:1: pools[].name: must be given"},
+        BadFile{"pool: {name: a}",
+                "t.yaml:1: pool.name: unknown key; allowed here: backend, device, extent_bytes, "
+                "bytes"},
+        BadFile{"pools:\n  - {name: a}\n  - {name: a}",
+                "t.yaml:3: pools[].name: \"a\" is given twice"},
+        BadFile{"pools:\n  - {name: a, " THINKV_GPU_1 "}\n  - {name: b, " THINKV_GPU_1 "}",
+                "t.yaml:3: pools[].device: GPU-face0000-c0de-0000-0000-000000000001 is given "
+                "twice: a GPU has one pool"},
+        BadFile{"pools:\n  - {name: a, " THINKV_GPU_1 "}\n  - {name: b, backend: cuda}",
+                "t.yaml:3: pools[].device: several pools are on GPUs: each must name its own by "
+                "UUID (nvidia-smi -L)"},
+        BadFile{"pools: [{name: face0000-c0de-0000-0000-000000000001}]",
+                "t.yaml:1: pools[].name: \"face0000-c0de-0000-0000-000000000001\" reads as the "
+                "UUID of a GPU: choose a name"},
+        BadFile{"pools: [{name: a, bytes: 100MiB}]",
+                "t.yaml:1: pools[].bytes: pools[].bytes (100MiB) must be a multiple of "
+                "pools[].extent_bytes (64MiB)"},
+        BadFile{"pools: [{name: a}, {name: b, bytes: 64MiB}]\n"
+                "tenants: [{name: default, limit: 512MiB}]",
+                "t.yaml:2: tenants[].limit: \"512MiB\" is more than the bytes of pool \"b\" "
+                "(64MiB)"},
+        BadFile{"pools: [{name: a}, {name: b, bytes: 64MiB}]\n"
+                "tenants: [{name: default, reserve: 40MiB}, {name: x, reserve: 40MiB}]",
+                "t.yaml:2: tenants: the reserves add up to more than the bytes of pool \"b\" "
+                "(64MiB)"}));
 
 INSTANTIATE_TEST_SUITE_P(
     Tenants, ConfigFileBad,

@@ -164,6 +164,33 @@ TEST(CoreReload, TooManyReplacedPoliciesInUseLeaveTheOldOnes) {
   EXPECT_EQ(h.snapshot().counters.reloads_failed, 1u);
 }
 
+TEST(CoreReload, ACheckSaysWhatAReloadWouldSayAndChangesNothing) {
+  CoreHarness h(kPool, simple_config());
+  const ClientId c = h.connect(1);
+  h.register_model(c, 64);
+  for (uint32_t i = 0; i < limits::kPoliciesMax - 1; ++i) {
+    h.open_sequence(c);
+    core::Config config = simple_config();
+    config.policies = {policy_params("p0", 1000 + i)};
+    ASSERT_EQ(h.reload(config).code, ErrorCode::kOk) << i;
+  }
+  h.open_sequence(c);
+  core::Config config = simple_config(kMiB);
+  config.policies = {policy_params("p0", 7)};
+  std::string why;
+  const Status full = h.service().check_reload(config, &why);
+  ASSERT_FALSE(full);
+  EXPECT_EQ(full.error().code, ErrorCode::kExhausted);
+  EXPECT_EQ(why, h.reload(config).text);
+  config.policies.clear();
+  EXPECT_EQ(h.service().check_reload(config, &why).error().code, ErrorCode::kInvalidArgument);
+  core::Config lower = simple_config(kMiB);
+  lower.policies = {policy_params("p0", 1000 + limits::kPoliciesMax - 2)};
+  EXPECT_TRUE(h.service().check_reload(lower, &why));
+  EXPECT_EQ(h.tenant("a").limit_bytes, 4 * kExtent);
+  EXPECT_EQ(h.snapshot().counters.reloads, limits::kPoliciesMax - 1);
+}
+
 TEST(CoreReload, BadConfigurationChangesNothing) {
   CoreHarness h(kPool, simple_config());
   core::Config config = simple_config(kMiB);

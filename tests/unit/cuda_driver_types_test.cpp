@@ -79,6 +79,7 @@ TEST(CudaDriverTypes, VersionedNamesAreThoseOfTheHeader) {
   EXPECT_STREQ(THINKV_STRING(cuDevicePrimaryCtxRelease), "cuDevicePrimaryCtxRelease_v2");
   EXPECT_STREQ(THINKV_STRING(cuCtxPushCurrent), "cuCtxPushCurrent_v2");
   EXPECT_STREQ(THINKV_STRING(cuCtxPopCurrent), "cuCtxPopCurrent_v2");
+  EXPECT_STREQ(THINKV_STRING(cuCtxGetDevice), "cuCtxGetDevice");
   EXPECT_STREQ(THINKV_STRING(cuMemcpyHtoD), "cuMemcpyHtoD_v2");
   EXPECT_STREQ(THINKV_STRING(cuMemcpyDtoH), "cuMemcpyDtoH_v2");
   EXPECT_STREQ(THINKV_STRING(cuMemAlloc), "cuMemAlloc_v2");

@@ -13,28 +13,13 @@ namespace {
 
 using testing::DevicePool;
 using testing::DeviceReader;
+using testing::geometry_of;
+using testing::plain_policy;
 using testing::TwinBatch;
-
-ModelGeometry geometry_of(uint32_t layers, uint32_t kv_heads, uint32_t head_dim,
-                          ValueType type = ValueType::kFp16) {
-  return {.layers = layers,
-          .q_heads = kv_heads,
-          .kv_heads = kv_heads,
-          .head_dim = head_dim,
-          .value_type = type};
-}
-
-PolicyParams policy_of(Format format) {
-  PolicyParams p;
-  std::snprintf(p.name, sizeof p.name, "%s", "test");
-  p.prompt_format = p.sink_format = format;
-  for (Format& f : p.thought_format) f = format;
-  return p;
-}
 
 TEST(CudaSequence, WithoutPromisedPagesTokensAreLostAndSaidToBe) {
   TwinBatch batch({.geometry = geometry_of(1, 1, 64)});
-  batch.open(0, policy_of(Format::kK4V4));
+  batch.open(0, plain_policy(Format::kK4V4));
   for (uint32_t i = 0; i < 15; ++i) batch.step();
   DevicePool& pool = batch.pool();
   pool.supply(0);
@@ -56,7 +41,7 @@ TEST(CudaSequence, APageListThatIsTooSmallIsCutAndSaidToBe) {
   DevicePool pool({.geometry = geometry_of(1, 2, 64), .list_pages = 2});
   const uint32_t root = pool.take();
   pool.supply(200);
-  PolicyParams policy = policy_of(Format::kK4V4);
+  PolicyParams policy = plain_policy(Format::kK4V4);
   ASSERT_EQ(launch_open(pool.view(), root, policy, 0, false, nullptr), cudaSuccess);
   std::vector<float> rows(2 * 40 * 64, 1.0f);
   ASSERT_EQ(
@@ -76,8 +61,8 @@ TEST(CudaSequence, BadMetadataIsReportedAndNotFollowed) {
   for (uint32_t damage = 0; damage < 8; ++damage) {
     SCOPED_TRACE(damage);
     TwinBatch batch({.geometry = geometry_of(1, 2, 64), .capacity = 2});
-    batch.open(0, policy_of(Format::kK4V4));
-    batch.open(1, policy_of(Format::kK4V4));
+    batch.open(0, plain_policy(Format::kK4V4));
+    batch.open(1, plain_policy(Format::kK4V4));
     batch.prefill(0, 40);
     batch.prefill(1, 40);
     for (uint32_t i = 0; i < 15; ++i) batch.step();
@@ -136,7 +121,7 @@ TEST(CudaLease, KeepsWhatFitsAndSaysWhatDoesNot) {
 
 TEST(CudaSequenceSizes, AStepThatFlushesNothingTakesNothing) {
   const ModelGeometry g = geometry_of(4, 2, 128);
-  PolicyParams p = policy_of(Format::kK4V4);
+  PolicyParams p = plain_policy(Format::kK4V4);
   p.segment_tokens = 64;
   EXPECT_EQ(step_pages(g, p, 10, 14, 5), 0u);
   EXPECT_EQ(step_pages(g, p, 10, 15, 5), 8u);
@@ -152,7 +137,7 @@ TEST(CudaSequenceSizes, AStepThatFlushesNothingTakesNothing) {
 }
 
 TEST(CudaSequenceSizes, WhatTheDeviceCannotHoldIsRefused) {
-  PolicyParams p = policy_of(Format::kK4V4);
+  PolicyParams p = plain_policy(Format::kK4V4);
   EXPECT_TRUE(supported(geometry_of(32, 8, 128), p).has_value());
   const Status lanes = supported(geometry_of(256, 32, 64), p);
   ASSERT_FALSE(lanes.has_value());

@@ -14,28 +14,13 @@ namespace {
 
 using testing::DevicePool;
 using testing::DeviceReader;
+using testing::geometry_of;
+using testing::plain_policy;
 using testing::TwinBatch;
 
 constexpr Format kAllFormats[] = {Format::kF16,  Format::kBf16,  Format::kK8V8,
                                   Format::kK8V4, Format::kK4V4,  Format::kK4V2,
                                   Format::kK2V2, Format::kNvfp4, Format::kTernary};
-
-ModelGeometry geometry_of(uint32_t layers, uint32_t kv_heads, uint32_t head_dim,
-                          ValueType type = ValueType::kFp16) {
-  return {.layers = layers,
-          .q_heads = kv_heads,
-          .kv_heads = kv_heads,
-          .head_dim = head_dim,
-          .value_type = type};
-}
-
-PolicyParams policy_of(Format format) {
-  PolicyParams p;
-  std::snprintf(p.name, sizeof p.name, "%s", "test");
-  p.prompt_format = p.sink_format = format;
-  for (Format& f : p.thought_format) f = format;
-  return p;
-}
 
 void expect_same(TwinBatch& batch) {
   batch.compare();
@@ -56,7 +41,7 @@ TEST(CudaSequence, EveryFormatIsCodedAsOnTheHost) {
         SCOPED_TRACE(std::string(format_info(format).name) + " " + std::to_string(dim));
         TwinBatch batch(
             {.geometry = geometry_of(1, 1, dim, type), .extent_pages = 64, .wild = true});
-        PolicyParams policy = policy_of(format);
+        PolicyParams policy = plain_policy(format);
         policy.rotate = 0;  // machines differ in the NaN that a sum of two NaN is
         batch.open(0, policy);
         batch.prefill(0, 40);
@@ -74,7 +59,7 @@ TEST(CudaSequence, RotatesAndRoundsAsOnTheHost) {
         SCOPED_TRACE(dim);
         TwinBatch batch(
             {.geometry = geometry_of(1, 2, dim, type), .element = element, .extent_pages = 64});
-        batch.open(0, policy_of(Format::kK4V2));
+        batch.open(0, plain_policy(Format::kK4V2));
         batch.prefill(0, 20);
         ASSERT_NO_FATAL_FAILURE(run_steps(batch, 18));
       }
@@ -87,7 +72,7 @@ TEST(CudaSequence, AnyPromptLengthAndAnyNumberOfSinks) {
     for (const uint32_t sinks : {0u, 4u, 20u}) {
       SCOPED_TRACE(std::to_string(prompt) + " tokens, " + std::to_string(sinks) + " sinks");
       TwinBatch batch({.geometry = geometry_of(1, 2, 64), .extent_pages = 128});
-      PolicyParams policy = policy_of(Format::kK4V4);
+      PolicyParams policy = plain_policy(Format::kK4V4);
       policy.sink_format = Format::kF16;
       policy.sink_tokens = sinks;
       policy.prompt_format = Format::kK8V4;
@@ -101,19 +86,19 @@ TEST(CudaSequence, AnyPromptLengthAndAnyNumberOfSinks) {
 
 TEST(CudaSequence, RowsWithoutASequenceAreLeftAlone) {
   TwinBatch batch({.geometry = geometry_of(2, 3, 64), .element = Element::kF16, .capacity = 5});
-  batch.open(1, policy_of(Format::kK2V2));
-  batch.open(3, policy_of(Format::kK8V8));
+  batch.open(1, plain_policy(Format::kK2V2));
+  batch.open(3, plain_policy(Format::kK8V8));
   batch.prefill(3, 30);
   ASSERT_NO_FATAL_FAILURE(run_steps(batch, 20));
   batch.close(1);
-  batch.open(0, policy_of(Format::kNvfp4));
+  batch.open(0, plain_policy(Format::kNvfp4));
   ASSERT_NO_FATAL_FAILURE(run_steps(batch, 20));
 }
 
 TEST(CudaSequence, ALongTableGrowsByPagesAndShrinks) {
   // 14 descriptors a table page where there are scores.
   TwinBatch batch({.geometry = geometry_of(1, 1, 64), .plant_scores = true});
-  PolicyParams policy = policy_of(Format::kF16);
+  PolicyParams policy = plain_policy(Format::kF16);
   policy.evict = EvictRule::kTbe;
   policy.select = SelectRule::kAttention;
   policy.schedule_length = 1;
@@ -134,7 +119,7 @@ TEST(CudaSequence, ALongTableGrowsByPagesAndShrinks) {
 
 TEST(CudaSequence, EvictedSlotsAreTakenOldestPageFirst) {
   TwinBatch batch({.geometry = geometry_of(1, 2, 64)});
-  batch.open(0, policy_of(Format::kK4V4));
+  batch.open(0, plain_policy(Format::kK4V4));
   batch.prefill(0, 100);
   std::vector<uint32_t> every_third;
   for (uint32_t i = 0; i < 84; i += 3) every_third.push_back(i);
@@ -148,7 +133,7 @@ TEST(CudaSequence, EvictedSlotsAreTakenOldestPageFirst) {
 TEST(CudaSequence, RecodesARangeToEveryFormat) {
   for (const uint32_t dim : kHeadDims) {
     TwinBatch batch({.geometry = geometry_of(1, 2, dim)});
-    PolicyParams policy = policy_of(Format::kK8V8);
+    PolicyParams policy = plain_policy(Format::kK8V8);
     policy.sink_format = Format::kF16;
     policy.sink_tokens = 8;
     batch.open(0, policy);
@@ -168,8 +153,8 @@ TEST(CudaSequence, RecodesARangeToEveryFormat) {
 TEST(CudaSequence, AClosedSequenceLeavesEveryPageInTheLease) {
   TwinBatch batch({.geometry = geometry_of(3, 4, 64), .capacity = 2});
   const uint64_t all = batch.pool().free_pages();
-  batch.open(0, policy_of(Format::kK4V4));
-  batch.open(1, policy_of(Format::kF16));
+  batch.open(0, plain_policy(Format::kK4V4));
+  batch.open(1, plain_policy(Format::kF16));
   batch.prefill(1, 50);
   ASSERT_NO_FATAL_FAILURE(run_steps(batch, 40));
   batch.close(0);
@@ -182,7 +167,7 @@ TEST(CudaSequence, AClosedSequenceLeavesEveryPageInTheLease) {
 // ---- what attention is asked to measure ----
 
 PolicyParams scored_policy() {
-  PolicyParams p = policy_of(Format::kK4V4);
+  PolicyParams p = plain_policy(Format::kK4V4);
   p.evict = EvictRule::kTbe;
   p.select = SelectRule::kAttention;
   p.schedule_length = 1;
@@ -197,7 +182,7 @@ PolicyParams scored_policy() {
 TEST(CudaSequence, AsksForScoresAndSparsityWhenTheyAreDue) {
   TwinBatch batch({.geometry = geometry_of(3, 1, 64), .capacity = 3, .plant_scores = true});
   batch.open(0, scored_policy());
-  batch.open(2, policy_of(Format::kK4V4), true);
+  batch.open(2, plain_policy(Format::kK4V4), true);
   for (uint32_t step = 0; step < 34; ++step) {
     SCOPED_TRACE(step);
     batch.step();
@@ -214,8 +199,8 @@ TEST(CudaSequence, AsksForScoresAndSparsityWhenTheyAreDue) {
 
 TEST(CudaSequence, SparsityIsThatOfTheLastStepOrUnknown) {
   TwinBatch batch({.geometry = geometry_of(2, 2, 64), .capacity = 2});
-  batch.open(0, policy_of(Format::kK4V4));
-  batch.open(1, policy_of(Format::kK4V4), true);
+  batch.open(0, plain_policy(Format::kK4V4));
+  batch.open(1, plain_policy(Format::kK4V4), true);
   DevicePool& pool = batch.pool();
   const BatchView view = pool.view();
   const auto ask = [&](uint32_t row) {
@@ -242,7 +227,7 @@ TEST(CudaSequence, SparsityIsThatOfTheLastStepOrUnknown) {
 TEST(CudaSequence, ANewBudgetIsInForceWhereThePolicyEvicts) {
   TwinBatch batch({.geometry = geometry_of(2, 1, 64), .capacity = 2});
   batch.open(0, scored_policy());
-  batch.open(1, policy_of(Format::kK4V4));
+  batch.open(1, plain_policy(Format::kK4V4));
   for (uint32_t row = 0; row < 2; ++row) {
     const uint32_t root = batch.pool().root(row);
     ASSERT_EQ(launch_budget(batch.pool().view(), root, 77, nullptr), cudaSuccess);

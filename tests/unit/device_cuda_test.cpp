@@ -69,6 +69,29 @@ TEST_F(CudaDeviceTest, ImpossibleSizesAndKnownExtentsAreErrors) {
   device->release_extent(ExtentId(9));
 }
 
+TEST_F(CudaDeviceTest, TwoGpusAreTwoMemories) {
+  ::setenv("FAKE_CUDA_BYTES", std::to_string(2 * kBytes).c_str(), 1);
+  std::string why;
+  const auto make = [&](int32_t number) {
+    return make_device({.kind = Kind::kCuda,
+                        .gpu = fake_cuda::uuid_of(number),
+                        .pool_bytes = 2 * kBytes,
+                        .extent_bytes = kBytes},
+                       &why);
+  };
+  const auto first = make(0);
+  ASSERT_TRUE(first) << why;
+  const auto second = make(1);
+  ASSERT_TRUE(second) << why;
+  EXPECT_EQ((*second)->uuid(), fake_cuda::uuid_of(1));
+  for (const uint32_t id : {0u, 1u}) ASSERT_TRUE((*first)->create_extent(ExtentId(id), kBytes));
+  EXPECT_EQ((*first)->create_extent(ExtentId(2), kBytes).error().code, ErrorCode::kExhausted);
+  EXPECT_EQ((*first)->capacity()->available_bytes, 0u);
+  EXPECT_EQ((*second)->capacity()->available_bytes, 2 * kBytes);
+  ASSERT_TRUE((*second)->create_extent(ExtentId(0), kBytes));
+  EXPECT_NE((*second)->export_fd(ExtentId(0)).value(), (*first)->export_fd(ExtentId(0)).value());
+}
+
 TEST_F(CudaDeviceTest, OutOfMemoryIsExhaustedAndMayWorkLater) {
   const auto device = open();
   fail("cuMemCreate", 2, cuda::kErrorOutOfMemory);

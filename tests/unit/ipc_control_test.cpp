@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "daemon/ipc/control_codec.h"
+#include "daemon/ipc/pool_choice.h"
 #include "thinkv/version.h"
 
 namespace thinkv::ipc {
@@ -111,6 +112,12 @@ TEST(ControlDecode, TextIsTerminatedAndPrintable) {
   copy_text(hello.library_version, "\x7f");
   EXPECT_EQ(why(bytes_of(encode(MessageType::kHello, 1, hello))),
             "Hello: the library version is not text");
+  hello = good_hello();
+  copy_text(hello.pool, "gpu1");
+  EXPECT_TRUE(decode_client_message(bytes_of(encode(MessageType::kHello, 1, hello)), 0));
+  std::memset(hello.pool, 'x', sizeof hello.pool);
+  EXPECT_EQ(why(bytes_of(encode(MessageType::kHello, 1, hello))),
+            "Hello: the pool's name is not text");
   protocol::GetPolicy get{};
   EXPECT_EQ(why(bytes_of(encode(MessageType::kGetPolicy, 1, get))), "GetPolicy: the name is empty");
   std::memset(get.policy_name, 'x', sizeof get.policy_name);
@@ -180,6 +187,50 @@ TEST(ControlEncode, RefusedTextIsCutAndTerminated) {
   EXPECT_EQ(refused.code, 4);
   EXPECT_EQ(refused.os_error, 2);
   EXPECT_EQ(std::strlen(refused.text), sizeof refused.text - 1);
+}
+
+DeviceUuid gpu(uint8_t number) {
+  DeviceUuid uuid;
+  uuid.bytes[15] = number;
+  return uuid;
+}
+
+std::vector<ServedPool> three_pools() {
+  return {{"ram", "host", {}, 0, nullptr},
+          {"gpu0", "cuda", gpu(1), 0, nullptr},
+          {"gpu1", "cuda", gpu(2), 0, nullptr}};
+}
+
+TEST(PoolChoice, ByNameOrByTheGpusUuid) {
+  const std::vector<ServedPool> pools = three_pools();
+  EXPECT_EQ(find_pool(pools, "gpu1"), PoolIndex(2));
+  EXPECT_EQ(find_pool(pools, "ram"), PoolIndex(0));
+  EXPECT_EQ(find_pool(pools, device_uuid_text(gpu(1))), PoolIndex(1));
+  EXPECT_EQ(find_pool(pools, device_uuid_text(gpu(2)).substr(4)), PoolIndex(2));
+  for (const char* text :
+       {"gpu", "gpu11", "GPU1", "GPU-00000000-0000-0000-0000-000000000003",
+        "GPU-00000000-0000-0000-0000-000000000000"}) {  // the host pool has no GPU to be found by
+    EXPECT_EQ(find_pool(pools, text), std::nullopt) << text;
+  }
+}
+
+TEST(PoolChoice, NoNameMeansTheOnlyPool) {
+  const std::vector<ServedPool> pools = three_pools();
+  EXPECT_EQ(find_pool(std::span(pools).first(1), ""), PoolIndex(0));
+  EXPECT_EQ(find_pool(pools, ""), std::nullopt);
+}
+
+TEST(PoolChoice, TheMessageHasEveryPool) {
+  const protocol::Pools message = pools_message(three_pools());
+  EXPECT_EQ(message.count, 3u);
+  EXPECT_STREQ(message.entries[1].name, "gpu0");
+  EXPECT_STREQ(message.entries[0].backend, "host");
+  EXPECT_EQ(message.entries[0].device_uuid[15], 0);
+  EXPECT_EQ(message.entries[2].device_uuid[15], 2);
+  EXPECT_EQ(message.entries[3].name[0], '\0');
+  EXPECT_EQ(pool_names(three_pools()),
+            "ram (host), gpu0 (cuda, GPU-00000000-0000-0000-0000-000000000001), "
+            "gpu1 (cuda, GPU-00000000-0000-0000-0000-000000000002)");
 }
 
 }  // namespace

@@ -1,21 +1,24 @@
 // The report as JSON and as metrics, and the numbers with units of the files.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/scalars.h"
 #include "daemon/ops/status.h"
+#include "daemon/ops/totals.h"
 
 namespace thinkv::ops {
 namespace {
 
 Report sample() {
   Report report;
-  report.backend = "host";
   report.now_ns = 5'000'000'000u;
-  core::Snapshot& s = report.snapshot;
+  report.pools.push_back({"default", "host", "", {}});
+  core::Snapshot& s = report.pools[0].snapshot;
   s.bytes_total = 1000;
   s.bytes_granted = 400;
   s.classes[0].granted_pages = 10;
@@ -57,6 +60,83 @@ TEST(Status, JoinsTheCoreAndTheClientsCounters) {
   EXPECT_EQ(status["config"]["problems"], "f.yaml:3: pool: bad");
 }
 
+// The sample with a second pool, on a GPU, that has the same tenant and policy.
+Report sample_of_two() {
+  Report report = sample();
+  core::PolicySnapshot policy{};
+  policy.params.name[0] = 'p';
+  policy.sequences = 2;
+  report.pools[0].snapshot.policies.push_back(policy);
+  PoolReport second{"gpu1", "cuda", "GPU-1", report.pools[0].snapshot};
+  second.snapshot.bytes_granted = 50;
+  second.snapshot.clients[0].id = ClientId(10);
+  second.snapshot.policies[0].sequences = 5;
+  report.pools.push_back(second);
+  return report;
+}
+
+TEST(Status, SeveralPoolsStandBesideTheirSum) {
+  const auto status = nlohmann::json::parse(status_json(sample_of_two()));
+  ASSERT_EQ(status["pools"].size(), 2u);
+  EXPECT_EQ(status["pools"][0]["name"], "default");
+  EXPECT_EQ(status["pools"][0]["bytes_used"], 400);
+  EXPECT_EQ(status["pools"][1]["name"], "gpu1");
+  EXPECT_EQ(status["pools"][1]["device"], "GPU-1");
+  EXPECT_EQ(status["pools"][1]["bytes_used"], 50);
+  EXPECT_EQ(status["pools"][1]["counters"]["clients_ended"]["killed"], 4);
+  EXPECT_EQ(status["pool"]["backend"], "mixed");
+  EXPECT_EQ(status["pool"]["bytes_used"], 450);
+  EXPECT_EQ(status["pool"]["page_classes"][0]["granted_pages"], 20);
+  EXPECT_EQ(status["counters"]["clients_ended"]["killed"], 8);
+  EXPECT_EQ(status["counters"]["requests"]["ping"], 24);
+  EXPECT_EQ(status["tenants"][1]["pool"], "gpu1");
+  EXPECT_EQ(status["clients"][1]["pool"], "gpu1");
+  EXPECT_EQ(status["clients"][1]["tenant"], "prod");
+}
+
+TEST(Status, APolicyOfSeveralPoolsIsShownOnceUnlessReplaced) {
+  Report report = sample_of_two();
+  auto policies = nlohmann::json::parse(status_json(report))["policies"];
+  ASSERT_EQ(policies.size(), 1u);
+  EXPECT_EQ(policies[0]["sequences"], 7);
+  report.pools[1].snapshot.policies[0].current = false;
+  policies = nlohmann::json::parse(status_json(report))["policies"];
+  ASSERT_EQ(policies.size(), 2u);
+  EXPECT_EQ(policies[1]["sequences"], 5);
+}
+
+TEST(Totals, EveryCounterIsAddedUp) {
+  constexpr size_t kWords = sizeof(core::Counters) / sizeof(uint64_t);
+  std::array<uint64_t, kWords> words{};
+  for (size_t i = 0; i < kWords; ++i) words[i] = i + 1;
+  Report report;
+  for (int pool = 0; pool < 3; ++pool) {
+    report.pools.emplace_back();
+    core::Counters& counters = report.pools.back().snapshot.counters;
+    std::memcpy(static_cast<void*>(&counters), words.data(), sizeof counters);
+    report.pools.back().snapshot.extent_bytes = 64;
+  }
+  const core::Snapshot total = total_of(report);
+  std::array<uint64_t, kWords> sums{};
+  std::memcpy(sums.data(), &total.counters, sizeof total.counters);
+  for (size_t i = 0; i < kWords; ++i) EXPECT_EQ(sums[i], 3 * (i + 1)) << "word " << i;
+  EXPECT_EQ(total.extent_bytes, 64u);
+  report.pools[2].snapshot.extent_bytes = 32;
+  EXPECT_EQ(total_of(report).extent_bytes, 0u);
+}
+
+TEST(Metrics, SeveralPoolsAreToldApartByTheirLabel) {
+  const std::string text = metrics_text(sample_of_two());
+  for (const char* line :
+       {"thinkv_pool_bytes{pool=\"default\",state=\"used\"} 400\n",
+        "thinkv_pool_bytes{pool=\"gpu1\",state=\"used\"} 50\n",
+        "thinkv_tenant_bytes{pool=\"gpu1\",tenant=\"prod\"} 400\n",
+        "thinkv_allocated_pages_total{pool=\"gpu1\"} 0\n",
+        "thinkv_pool_info{pool=\"gpu1\",backend=\"cuda\",device=\"GPU-1\"} 1\n"}) {
+    EXPECT_NE(text.find(line), std::string::npos) << line << text;
+  }
+}
+
 TEST(Status, AClientThatReportedNothingIsStillListed) {
   Report report = sample();
   report.clients.clear();
@@ -73,13 +153,14 @@ TEST(Status, EmptyReportIsValid) {
 TEST(Metrics, LinesCarryValuesAndLabels) {
   const std::string text = metrics_text(sample());
   for (const char* line :
-       {"thinkv_pool_bytes{state=\"used\"} 400\n", "thinkv_tenant_bytes{tenant=\"prod\"} 400\n",
-        "thinkv_pages{head_dim=\"64\",state=\"taken\"} 6\n",
-        "thinkv_pages{head_dim=\"64\",state=\"leased\"} 4\n",
-        "thinkv_requests_total{op=\"ping\",code=\"ok\"} 12\n",
-        "thinkv_requests_total{op=\"need_pages\",code=\"quota exceeded\"} 2\n",
-        "thinkv_allocation_failures_total{tenant=\"prod\",reason=\"quota\"} 3\n",
-        "thinkv_client_exits_total{cause=\"killed\"} 4\n", "thinkv_ring_depth 5\n",
+       {"thinkv_pool_bytes{pool=\"default\",state=\"used\"} 400\n",
+        "thinkv_tenant_bytes{pool=\"default\",tenant=\"prod\"} 400\n",
+        "thinkv_pages{pool=\"default\",head_dim=\"64\",state=\"taken\"} 6\n",
+        "thinkv_pages{pool=\"default\",head_dim=\"64\",state=\"leased\"} 4\n",
+        "thinkv_requests_total{pool=\"default\",op=\"ping\",code=\"ok\"} 12\n",
+        "thinkv_requests_total{pool=\"default\",op=\"need_pages\",code=\"quota exceeded\"} 2\n",
+        "thinkv_allocation_failures_total{pool=\"default\",tenant=\"prod\",reason=\"quota\"} 3\n",
+        "thinkv_client_exits_total{pool=\"default\",cause=\"killed\"} 4\n", "thinkv_ring_depth 5\n",
         "thinkv_connections_rejected_total{reason=\"version\"} 6\n",
         "thinkv_config_last_reload_successful 0\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << text;

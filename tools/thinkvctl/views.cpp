@@ -66,62 +66,102 @@ std::string heading(const json& status) {
                      human_seconds(real(status, "uptime_seconds")), text(status, "socket"));
 }
 
-std::string pool_table(const json& status) {
-  const json& pool = child(status, "pool");
-  Table table("Pool on backend " + text(pool, "backend"),
-              {{"total"}, {"used"}, {"used %"}, {"peak"}, {"free"}, {"extents"}, {"sequences"}});
+bool several_pools(const json& status) {
+  return child(status, "pools").size() > 1;
+}
+
+// Adds the pool's column where there is more than one to tell apart.
+std::vector<Column> with_pool(const json& status, std::vector<Column> columns) {
+  if (several_pools(status)) columns.insert(columns.begin(), {"pool", Align::kLeft});
+  return columns;
+}
+std::vector<std::string> with_pool(const json& status, const std::string& pool,
+                                   std::vector<std::string> cells) {
+  if (several_pools(status)) cells.insert(cells.begin(), pool);
+  return cells;
+}
+
+std::vector<std::string> pool_cells(const json& pool) {
   const json& extents = child(pool, "extents");
   const uint64_t assigned = number(extents, "assigned");
   const uint64_t all = assigned + number(extents, "unassigned") + number(extents, "creating") +
                        number(extents, "retired");
-  table.add({bytes(pool, "bytes_total"), bytes(pool, "bytes_used"),
-             percent(number(pool, "bytes_used"), number(pool, "bytes_total")),
-             bytes(pool, "bytes_peak"), bytes(pool, "bytes_free"),
-             fmt::format("{} of {}", assigned, all), count(pool, "sequences")});
+  return {bytes(pool, "bytes_total"),
+          bytes(pool, "bytes_used"),
+          percent(number(pool, "bytes_used"), number(pool, "bytes_total")),
+          bytes(pool, "bytes_peak"),
+          bytes(pool, "bytes_free"),
+          fmt::format("{} of {}", assigned, all),
+          count(pool, "sequences")};
+}
+
+const std::vector<Column> kPoolColumns = {{"total"}, {"used"},    {"used %"},   {"peak"},
+                                          {"free"},  {"extents"}, {"sequences"}};
+
+std::string pool_table(const json& status) {
+  if (!several_pools(status)) {
+    const json& pool = child(status, "pool");
+    Table table("Pool on backend " + text(pool, "backend"), kPoolColumns);
+    table.add(pool_cells(pool));
+    return table.render();
+  }
+  std::vector<Column> columns = {{"pool", Align::kLeft}, {"backend", Align::kLeft}};
+  columns.insert(columns.end(), kPoolColumns.begin(), kPoolColumns.end());
+  columns.emplace_back("GPU", Align::kLeft);
+  Table table("Pools", columns);
+  for (const json& pool : child(status, "pools")) {
+    std::vector<std::string> cells = pool_cells(pool);
+    cells.insert(cells.begin(), {text(pool, "name"), text(pool, "backend")});
+    cells.push_back(text(pool, "device"));
+    table.add(std::move(cells));
+  }
   return table.render();
 }
 
 std::string tenants_table(const json& status) {
-  Table table("Tenants", {{"name", Align::kLeft},
-                          {"used"},
-                          {"leased"},
-                          {"reserve"},
-                          {"limit"},
-                          {"priority"},
-                          {"clients"},
-                          {"sequences"},
-                          {"refused"}});
+  Table table("Tenants", with_pool(status, {{"name", Align::kLeft},
+                                            {"used"},
+                                            {"leased"},
+                                            {"reserve"},
+                                            {"limit"},
+                                            {"priority"},
+                                            {"clients"},
+                                            {"sequences"},
+                                            {"refused"}}));
   for (const json& tenant : child(status, "tenants")) {
-    table.add({text(tenant, "name"), bytes(tenant, "used_bytes"), bytes(tenant, "lease_bytes"),
-               bytes(tenant, "reserve_bytes"), bytes(tenant, "limit_bytes"),
-               count(tenant, "priority"), count(tenant, "clients"), count(tenant, "sequences"),
-               human_count(number(tenant, "failed_quota") + number(tenant, "failed_exhausted"))});
+    table.add(with_pool(
+        status, text(tenant, "pool"),
+        {text(tenant, "name"), bytes(tenant, "used_bytes"), bytes(tenant, "lease_bytes"),
+         bytes(tenant, "reserve_bytes"), bytes(tenant, "limit_bytes"), count(tenant, "priority"),
+         count(tenant, "clients"), count(tenant, "sequences"),
+         human_count(number(tenant, "failed_quota") + number(tenant, "failed_exhausted"))}));
   }
   return table.render();
 }
 
 std::string clients_table(const json& status) {
   Table table("Clients (thoughts: reasoning/execution/transition; ratio: against 16 bits)",
-              {{"pid"},
-               {"name", Align::kLeft},
-               {"tenant", Align::kLeft},
-               {"granted"},
-               {"leased"},
-               {"seqs"},
-               {"tokens"},
-               {"held"},
-               {"ratio"},
-               {"evicted"},
-               {"reused"},
-               {"thoughts"}});
+              with_pool(status, {{"pid"},
+                                 {"name", Align::kLeft},
+                                 {"tenant", Align::kLeft},
+                                 {"granted"},
+                                 {"leased"},
+                                 {"seqs"},
+                                 {"tokens"},
+                                 {"held"},
+                                 {"ratio"},
+                                 {"evicted"},
+                                 {"reused"},
+                                 {"thoughts"}}));
   table.set_empty_text("no engine is connected");
   for (const json& client : child(status, "clients")) {
     const json& told = child(client, "counters");
-    table.add({std::to_string(number(client, "pid")), text(client, "name"), text(client, "tenant"),
-               bytes(client, "granted_bytes"), bytes(client, "lease_bytes"),
-               count(client, "sequences"), count(told, "tokens"), bytes(told, "bytes_held"),
-               ratio(told), count(told, "evicted_slots"), count(told, "reused_slots"),
-               thoughts(told)});
+    table.add(with_pool(
+        status, text(client, "pool"),
+        {std::to_string(number(client, "pid")), text(client, "name"), text(client, "tenant"),
+         bytes(client, "granted_bytes"), bytes(client, "lease_bytes"), count(client, "sequences"),
+         count(told, "tokens"), bytes(told, "bytes_held"), ratio(told),
+         count(told, "evicted_slots"), count(told, "reused_slots"), thoughts(told)}));
   }
   return table.render();
 }
@@ -156,6 +196,29 @@ std::string top_line(const std::string& label, uint64_t used, uint64_t leased, u
                                     load_color(used, total));
   return fmt::format("{:<24.24} {} {:>10} / {:<10} {:>6}\n", printable(label), drawn,
                      human_bytes(used), human_bytes(total), percent(used, total));
+}
+
+// The lines of one pool. Entries that name no pool (an older daemon) belong to the only one.
+std::string top_pool(const json& status, const json& pool, const std::string& label, bool color) {
+  std::string tenants;
+  uint64_t leased = 0;
+  for (const json& tenant : child(status, "tenants")) {
+    if (several_pools(status) && text(tenant, "pool") != text(pool, "name")) continue;
+    leased += number(tenant, "lease_bytes");
+    tenants.append(top_line("  " + text(tenant, "name"), number(tenant, "used_bytes"),
+                            number(tenant, "lease_bytes"), number(tenant, "limit_bytes"), color));
+  }
+  return top_line(label + " (" + text(pool, "backend") + ")", number(pool, "bytes_used"), leased,
+                  number(pool, "bytes_total"), color) +
+         tenants;
+}
+
+// What a client could have at most: all of its pool.
+uint64_t total_for(const json& status, const json& client) {
+  for (const json& pool : child(status, "pools")) {
+    if (text(pool, "name") == text(client, "pool")) return number(pool, "bytes_total");
+  }
+  return number(child(status, "pool"), "bytes_total");
 }
 
 }  // namespace
@@ -193,16 +256,13 @@ std::string policies_view(const json& status) {
 }
 
 std::string top_view(const json& status, bool color) {
-  const json& pool = child(status, "pool");
-  const uint64_t total = number(pool, "bytes_total");
-  uint64_t leased = 0;
-  for (const json& tenant : child(status, "tenants")) leased += number(tenant, "lease_bytes");
   std::string out = heading(status) + "\n\n";
-  out.append(top_line("pool (" + text(pool, "backend") + ")", number(pool, "bytes_used"), leased,
-                      total, color));
-  for (const json& tenant : child(status, "tenants")) {
-    out.append(top_line("  " + text(tenant, "name"), number(tenant, "used_bytes"),
-                        number(tenant, "lease_bytes"), number(tenant, "limit_bytes"), color));
+  if (several_pools(status)) {
+    for (const json& pool : child(status, "pools")) {
+      out.append(top_pool(status, pool, text(pool, "name"), color));
+    }
+  } else {
+    out.append(top_pool(status, child(status, "pool"), "pool", color));
   }
   std::vector<json> clients;
   for (const json& client : child(status, "clients")) clients.push_back(client);
@@ -213,8 +273,8 @@ std::string top_view(const json& status, bool color) {
   for (const json& client : clients) {
     const json& told = child(client, "counters");
     out.append(top_line(fmt::format("{} {}", number(client, "pid"), text(client, "name")),
-                        number(client, "granted_bytes"), number(client, "lease_bytes"), total,
-                        color));
+                        number(client, "granted_bytes"), number(client, "lease_bytes"),
+                        total_for(status, client), color));
     out.append(fmt::format("{:<24} {} tokens, held {}, ratio {}, evicted {}, reused {}\n", "",
                            count(told, "tokens"), bytes(told, "bytes_held"), ratio(told),
                            count(told, "evicted_slots"), count(told, "reused_slots")));

@@ -26,7 +26,11 @@ def _encode(text: str | None) -> bytes | None:
 
 
 class Client(Handle):
-    """A connection to thinkvd. May be used from any thread."""
+    """A connection to thinkvd. May be used from any thread.
+
+    pool: a name of the configuration, or the UUID of a GPU ("GPU-..."). Without it: $THINKV_POOL,
+    else the daemon's only pool, else the pool on this thread's current GPU.
+    """
 
     _what = "client"
 
@@ -37,6 +41,7 @@ class Client(Handle):
         *,
         threads: int = 0,
         timeout: float = 10.0,
+        pool: str | None = None,
     ) -> None:
         options = c.ClientOptions(
             struct_size=ctypes.sizeof(c.ClientOptions),
@@ -44,12 +49,14 @@ class Client(Handle):
             socket_path=_encode(socket),
             client_name=_encode(name),
             timeout_ms=max(1, int(timeout * 1000)),
+            pool_name=_encode(pool),
         )
         handle = c_void_p()
         call("thinkv_client_open", byref(options), byref(handle))
         super().__init__(handle.value or 0, lib.thinkv_client_close)
         own = self._pool_stats()
         self.backend: str = own.backend.decode()  # "host" or "cuda"
+        self.pool: str = own.pool_name.decode()
 
     def _pool_stats(self) -> c.PoolStats:
         own = c.PoolStats(struct_size=ctypes.sizeof(c.PoolStats))
@@ -86,7 +93,8 @@ class Client(Handle):
         """The daemon's status (as `thinkvctl status --json`), with this client's own numbers."""
         status = self.status()
         own = self._pool_stats()
-        pool = status.get("pool", {})
+        mine = [one for one in status.get("pools", []) if one["name"] == self.pool]
+        pool = mine[0] if mine else status.get("pool", {})
         return {
             **status,
             **pool,

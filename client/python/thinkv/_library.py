@@ -48,7 +48,9 @@ class ClientOptions(Structure):
         ("socket_path", c_char_p),
         ("client_name", c_char_p),
         ("timeout_ms", c_uint32),
-        ("reserved", c_uint32 * 7),
+        ("reserved0", c_uint32),
+        ("pool_name", c_char_p),
+        ("reserved", c_uint32 * 4),
     ]
 
 
@@ -63,7 +65,7 @@ class PoolStats(Structure):
         ("tenant_limit_bytes", c_uint64),
         ("client_granted_bytes", c_uint64),
         ("client_leased_bytes", c_uint64),
-        ("reserved", c_uint64 * 8),
+        ("pool_name", c_char * 64),
     ]
 
 

@@ -1,6 +1,7 @@
 // geometry.h: the shape of a model's attention, as registered by a client.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "thinkv/internal/limits.h"
@@ -27,6 +28,12 @@ struct ModelGeometry {
     return uint64_t{lanes()} * head_dim * 4;
   }
 };
+
+// What attention multiplies the logits by. Requires: head_dim > 0.
+[[nodiscard]] inline float softmax_scale_of(const ModelGeometry& g) {
+  return g.softmax_scale > 0.0f ? g.softmax_scale
+                                : 1.0f / std::sqrt(static_cast<float>(g.head_dim));
+}
 
 [[nodiscard]] constexpr Status validate(const ModelGeometry& g) {
   using enum ErrorCode;

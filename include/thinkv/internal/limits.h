@@ -20,6 +20,7 @@ inline constexpr uint32_t kTokensMax = 1u << 24;  // positions of a sequence: 16
 inline constexpr uint64_t kExtentBytesMin = uint64_t{2} << 20;  // VMM granularity
 inline constexpr uint64_t kExtentBytesMax = uint64_t{1} << 30;  // 466,033 pages of 2,304 B < 2^20
 inline constexpr uint32_t kExtentsMax = 4096;                   // 12 bits of PageId
+inline constexpr uint32_t kPoolsMax = 16;  // of one daemon: the GPUs of the largest machines
 static_assert(kExtentBytesMax / 2304 <= PageId::kIndexMask);
 
 // Tenants and clients. Each client costs two memfds, a socket, an eventfd and a pidfd.

@@ -7,7 +7,8 @@
 //   client                         daemon
 //   Hello (+ pidfd, optional) ->
 //                              <-  Welcome (+ fds: daemon-written and client-written memfd, bell)
-//                                  or Refused, then the socket closes
+//                                  or Pools (there are several and Hello named none: connect again
+//                                  and name one), or Refused; after both the socket closes
 //   RegisterModel             ->
 //                              <-  ModelRegistered | Refused
 //   GetPolicy                 ->
@@ -41,6 +42,7 @@ enum class MessageType : uint16_t {
   kStatusReply = 9,
   kExtent = 10,
   kBye = 11,
+  kPools = 12,
 };
 
 struct ControlHeader {
@@ -60,9 +62,11 @@ struct Hello {
   uint32_t role;  // ClientRole
   char client_name[limits::kNameMax];
   char library_version[16];
+  char pool[limits::kNameMax];  // its name, or its GPU's UUID as text; empty: the only pool
   uint8_t reserved[40];
 };
-static_assert(sizeof(Hello) == 128);
+static_assert(sizeof(Hello) == 192);
+static_assert(offsetof(Hello, pool) == 88);
 
 struct Welcome {
   uint16_t protocol_major;
@@ -77,10 +81,26 @@ struct Welcome {
   char daemon_version[16];
   uint8_t device_uuid[16];  // of the GPU with the extents; zeros on the host backend
   uint64_t extent_bytes;    // of every extent of the pool
+  char pool[limits::kNameMax];
   uint8_t reserved[32];
 };
-static_assert(sizeof(Welcome) == 192);
+static_assert(sizeof(Welcome) == 256);
 static_assert(offsetof(Welcome, device_uuid) == 136 && offsetof(Welcome, extent_bytes) == 152);
+static_assert(offsetof(Welcome, pool) == 160);
+
+struct PoolEntry {
+  char name[limits::kNameMax];
+  char backend[16];
+  uint8_t device_uuid[16];  // zeros on the host backend
+};
+static_assert(sizeof(PoolEntry) == 96);
+
+struct Pools {
+  uint32_t count;  // 2 to limits::kPoolsMax
+  uint32_t reserved[3];
+  PoolEntry entries[limits::kPoolsMax];  // zeros after the first `count`
+};
+static_assert(sizeof(Pools) == 1552);
 
 struct Refused {
   int32_t code;  // ErrorCode
@@ -175,5 +195,6 @@ static_assert(sizeof(Completion) == 64);
 
 static_assert(std::is_trivially_copyable_v<Request> && std::is_trivially_copyable_v<Hello>);
 static_assert(sizeof(ControlHeader) + sizeof(Refused) <= limits::kControlMessageMax);
+static_assert(sizeof(ControlHeader) + sizeof(Pools) <= limits::kControlMessageMax);
 
 }  // namespace thinkv::protocol

@@ -27,7 +27,8 @@ class Strong {
 
 using ClientId = Strong<struct ClientIdTag, uint64_t>;      // never reused within a boot
 using SequenceId = Strong<struct SequenceIdTag, uint64_t>;  // never reused within a boot
-using ExtentId = Strong<struct ExtentIdTag, uint32_t>;
+using PoolIndex = Strong<struct PoolIndexTag, uint32_t>;    // place in the list of pools
+using ExtentId = Strong<struct ExtentIdTag, uint32_t>;      // within one pool
 using TenantId = Strong<struct TenantIdTag, uint32_t>;
 using PolicyId = Strong<struct PolicyIdTag, uint32_t>;
 using ModelId = Strong<struct ModelIdTag, uint32_t>;

@@ -1,0 +1,203 @@
+// GpuBatch::reserve against a GPU that is behind: kernels that do nothing, on the fake driver,
+// whose progress arrives only when somebody waits for the stream.
+#include "client/gpu/batch.h"
+
+#include <cstdio>
+#include <memory>
+
+#include "client/gpu/engine.h"
+#include "client/gpu/kernel_table.h"
+#include "client/gpu/sequence.h"
+#include "tests/support/cuda_fixture.h"
+#include "tests/support/fake_daemon.h"
+#include "tests/support/shapes.h"
+
+namespace thinkv::client {
+namespace {
+
+// The GPU that the kernels below pretend to be.
+struct World {
+  cuda::Progress* progress = nullptr;
+  uint64_t steps = 0;          // launched
+  uint32_t lane_pages = 3;     // of its longest lane, whatever the host's bound says
+  uint32_t table_pages = 100;  // that a lane's table holds
+  uint32_t waits = 0;
+};
+World world;  // NOLINT: kernels are plain functions
+
+using cuda::BatchView;
+using cuda::Element;
+
+const KernelTable kIdleKernels = {
+    .refill = [](cuda::Lease*, const uint32_t*, uint32_t, StreamHandle) { return 0; },
+    .drain =
+        [](cuda::Lease*, uint32_t* out, uint32_t, StreamHandle) {
+          out[0] = 0;
+          return 0;
+        },
+    .open = [](const BatchView&, uint32_t, const PolicyParams&, uint32_t, bool,
+               StreamHandle) { return 0; },
+    .prefill = [](const BatchView&, uint32_t, uint32_t, const void*, const void*, Element, uint32_t,
+                  StreamHandle) { return 0; },
+    .prefill_end = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
+    .close = [](const BatchView&, uint32_t, StreamHandle) { return 0; },
+    .evict = [](const BatchView&, uint32_t, const uint32_t*, uint32_t, StreamHandle) { return 0; },
+    .recode = [](const BatchView&, uint32_t, uint32_t, uint32_t, Format,
+                 StreamHandle) { return 0; },
+    .budget = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
+    .numbers = [](const BatchView&, uint32_t, cuda::SequenceNumbers*, StreamHandle) { return 0; },
+    .sparsity = [](const BatchView&, uint32_t, float*, StreamHandle) { return 0; },
+    .begin =
+        [](const BatchView& view, StreamHandle) {
+          world.progress = view.progress;
+          return 0;
+        },
+    .append = [](const BatchView&, uint32_t, const void*, const void*, Element,
+                 StreamHandle) { return 0; },
+    .end =
+        [](const BatchView&, StreamHandle) {
+          ++world.steps;
+          return 0;
+        },
+    .attend = [](const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle) { return 0; },
+    .attend_shape = [](uint32_t, uint32_t, uint32_t, bool) { return cuda::AttendShape{}; },
+    .attend_part_floats = [](const cuda::AttendShape&, uint32_t, uint32_t,
+                             uint32_t) { return uint64_t{64}; },
+    .emit_scratch_bytes = [](uint64_t, uint32_t) { return uint64_t{64}; },
+    .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
+    .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
+    // Every step flushes: the bound of a lane grows by two pages a step.
+    .step_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, uint32_t,
+                     uint32_t) { return 1u; },
+    .recode_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, Format) { return 0u; },
+    .supported = [](const ModelGeometry&, const PolicyParams&) { return Status(); },
+    .lane_pages_limit = [](const ModelGeometry&, const PolicyParams&) { return world.table_pages; },
+};
+
+cuda::DriverResult wait_for_the_gpu(cuda::StreamHandle) {
+  if (world.progress == nullptr) return cuda::kSuccess;
+  ++world.waits;
+  world.progress->steps = world.steps;
+  world.progress->lane_pages_max = world.lane_pages;
+  return cuda::kSuccess;
+}
+
+}  // namespace
+
+// Instead of the library's: this program is linked with it first.
+const KernelTable* kernel_table() {
+  return &kIdleKernels;
+}
+
+namespace {
+
+class ReserveBehind : public test::CudaFixture {
+ protected:
+  void SetUp() override {
+    CudaFixture::SetUp();
+    if (driver_ == nullptr) return;
+    world = {};
+    // The driver is a table of functions of this process.
+    synchronize_ = &const_cast<cuda::Driver*>(driver_)->stream_synchronize;
+    *synchronize_ = wait_for_the_gpu;
+    Result<std::unique_ptr<Session>> session =
+        Session::open({.socket_path = daemon_.path(), .client_name = "reserve"});
+    ASSERT_TRUE(session) << session.error().what;
+    session_ = std::move(*session);
+    Result<std::unique_ptr<GpuEngine>> engine =
+        GpuEngine::open(*session_, testing::geometry_of(1, 1, 64));
+    ASSERT_TRUE(engine) << engine.error().what;
+    engine_ = std::move(*engine);
+  }
+  void TearDown() override {
+    batch_.reset();
+    world.progress = nullptr;  // it was the batch's
+    sequence_.reset();
+    engine_.reset();
+    session_.reset();
+    if (synchronize_ != nullptr) *synchronize_ = real_;
+    CudaFixture::TearDown();
+  }
+
+  void open(uint32_t tokens_max) {
+    Result<std::unique_ptr<GpuBatch>> batch =
+        GpuBatch::open(*engine_, {.capacity = 1, .tokens_max = tokens_max});
+    ASSERT_TRUE(batch) << batch.error().what;
+    batch_ = std::move(*batch);
+    Result<std::unique_ptr<GpuSequence>> sequence =
+        GpuSequence::open(*engine_, testing::plain_policy(Format::kK4V4), {});
+    ASSERT_TRUE(sequence) << sequence.error().what;
+    sequence_ = std::move(*sequence);
+    ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  }
+
+  // Steps until a reserve fails, at most `steps`.
+  Status run(uint32_t steps) {
+    for (uint32_t i = 0; i < steps; ++i) {
+      THINKV_TRY(batch_->reserve(1));
+      THINKV_TRY(batch_->begin());
+      THINKV_TRY(batch_->end());
+    }
+    return {};
+  }
+
+  test::FakeDaemon daemon_{
+      test::FakeFaults{.backend = "cuda", .device = test::fake_cuda::uuid_of(0), .pages = 900}};
+  std::unique_ptr<Session> session_;
+  std::unique_ptr<GpuEngine> engine_;
+  std::unique_ptr<GpuSequence> sequence_;
+  std::unique_ptr<GpuBatch> batch_;
+
+ private:
+  cuda::DriverResult (**synchronize_)(cuda::StreamHandle) = nullptr;
+  cuda::DriverResult (*real_)(cuda::StreamHandle) = driver_or_null();
+  static cuda::DriverResult (*driver_or_null())(cuda::StreamHandle) {
+    const Result<const cuda::Driver*> loaded = cuda::Driver::load();
+    return loaded ? (*loaded)->stream_synchronize : nullptr;
+  }
+};
+
+TEST_F(ReserveBehind, ABoundBeyondALanesTableAsksTheGpu) {
+  world.table_pages = 20;
+  open(0);
+  const uint32_t before = world.waits;
+  const Status ran = run(40);
+  EXPECT_TRUE(ran) << ran.error().what;
+  EXPECT_GT(world.waits, before);
+  EXPECT_LT(world.waits, before + 20) << "not at every step";
+}
+
+TEST_F(ReserveBehind, ALaneThatReallyFillsItsTableIsRefused) {
+  world.table_pages = 20;
+  world.lane_pages = 19;
+  open(0);
+  const Status ran = run(40);
+  ASSERT_FALSE(ran);
+  EXPECT_EQ(ran.error().code, ErrorCode::kUnsupported);
+  const uint64_t reserved = world.steps;
+  EXPECT_FALSE(batch_->reserve(1));
+  EXPECT_EQ(world.steps, reserved);
+}
+
+TEST_F(ReserveBehind, ABoundBeyondTheListAsksTheGpu) {
+  open(160);  // 13 pages a lane
+  const Status ran = run(40);
+  EXPECT_TRUE(ran) << ran.error().what;
+}
+
+TEST_F(ReserveBehind, ALaneThatReallyFillsTheListIsRefused) {
+  world.lane_pages = 12;
+  open(160);
+  const Status ran = run(40);
+  ASSERT_FALSE(ran);
+  EXPECT_EQ(ran.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, TheFirstReserveHasNothingToAskFor) {
+  world.table_pages = 1;
+  open(0);
+  EXPECT_EQ(batch_->reserve(1).error().code, ErrorCode::kUnsupported);
+}
+
+}  // namespace
+}  // namespace thinkv::client
