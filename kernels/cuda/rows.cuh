@@ -12,6 +12,15 @@
 
 namespace thinkv::cuda {
 
+// True where all values are finite: a sum of zeros, else NaN.
+template <int kCount>
+[[nodiscard]] __device__ __forceinline__ bool all_finite(const float (&x)[kCount]) {
+  float probe = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) probe = fmaf(x[i], 0.0f, probe);
+  return probe == 0.0f;
+}
+
 // fp16 or bf16 bits of every value, in the low half.
 template <int kCount>
 __device__ __forceinline__ void to_16_bits(uint32_t (&raw)[kCount], const float (&x)[kCount],
@@ -22,10 +31,7 @@ __device__ __forceinline__ void to_16_bits(uint32_t (&raw)[kCount], const float 
     raw[i] = pair & 0xFFFFu;
     raw[i + 1] = pair >> 16;
   }
-  float probe = 0.0f;  // NaN where an x is NaN or infinite
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) probe = fmaf(x[i], 0.0f, probe);
-  if (probe == 0.0f) return;
+  if (all_finite(x)) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) raw[i] = bf16 ? bf16_from_float(x[i]) : fp16_from_float(x[i]);
 }
@@ -37,6 +43,9 @@ __device__ __forceinline__ void from_16_bits(float (&x)[kCount], const uint32_t 
   for (int i = 0; i < kCount; ++i) {
     x[i] = bf16 ? __uint_as_float(raw[i] << 16) : unpack_f16(raw[i]).x;
   }
+  if (bf16 || all_finite(x)) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = fp16_to_float(static_cast<uint16_t>(raw[i]));
 }
 
 // Thread l gets the dims l + 8 i of the vector at element `first`; zeros where not active.
