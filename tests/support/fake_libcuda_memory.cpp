@@ -332,8 +332,11 @@ FAKE_EXPORT DriverResult cuPointerGetAttribute(void* value, int32_t attribute,
   constexpr int32_t kMemoryType = 2;
   const Allocation* allocation = allocation_of(address, 1);
   const bool mapped = mapping_of(address, 1) != nullptr;
-  if (attribute != kMemoryType || (allocation == nullptr && !mapped)) return kInvalid;
-  const uint32_t type = mapped || allocation->on_device ? 2 : 1;
+  const bool known = mapped || allocation != nullptr;
+  // Memory of a library that has no fake of its own (PyTorch's CPU tensors) passes for the GPU's.
+  const bool adopted = !known && std::getenv("THINKV_FAKE_CUDA_ADOPTS") != nullptr;
+  if (attribute != kMemoryType || (!known && !adopted)) return kInvalid;
+  const uint32_t type = adopted || mapped || allocation->on_device ? 2 : 1;
   std::memcpy(value, &type, sizeof(type));
   return kOk;
 }
