@@ -1,4 +1,4 @@
-"""Client, Model, Sequence, Step: thinkv.h as context managers."""
+"""Client, Model, Sequence, HostStep: thinkv.h as context managers."""
 
 from __future__ import annotations
 
@@ -175,14 +175,14 @@ class Model(Handle):
         call("thinkv_sequence_open", self._handle, byref(options), byref(handle))
         return Sequence(handle.value or 0, self, policy, name)
 
-    def step(self, sequences: Iterable[Sequence]) -> Step:
+    def step(self, sequences: Iterable[Sequence]) -> HostStep:
         """One decode step: `with model.step([a, b]) as step`. Leaving the block ends the step;
         leaving it by an exception takes it back."""
         batch = list(sequences)
         handles = (c_void_p * max(1, len(batch)))(*[sequence._handle for sequence in batch])
         handle = c_void_p()
         call("thinkv_step_begin", self._handle, handles, len(batch), byref(handle))
-        return Step(handle.value or 0, self, batch)
+        return HostStep(handle.value or 0, self, batch)
 
 
 def _budget(budget: int | None) -> int:
@@ -291,8 +291,8 @@ class Sequence(Handle):
         }
 
 
-class Step(Handle):
-    """One token of each sequence of a batch. Made by Model.step()."""
+class HostStep(Handle):
+    """One token of each sequence, on the host backend. Made by Model.step()."""
 
     _what = "step"
 

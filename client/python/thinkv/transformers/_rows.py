@@ -257,6 +257,11 @@ class Rows:
 
     # ---- between passes ----
 
+    def restart(self) -> None:
+        """Counts from zero: what ran so far had no sequences."""
+        self.length = 0
+        self._clear()
+
     def commit(self) -> None:
         """Writes what could still be taken back."""
         if self._prompt is not None:
