@@ -18,7 +18,8 @@ def tiny_config(family):
         return t.Gemma3TextConfig(**{**_COMMON, "head_dim": 256, **_SLIDING,
                                      "query_pre_attn_scalar": 256})
     if family == "gpt_oss":
-        return t.GptOssConfig(**_COMMON, **_SLIDING, num_local_experts=4, num_experts_per_tok=2)
+        # Every expert for every token: a choice among random ones flips at the last bit.
+        return t.GptOssConfig(**_COMMON, **_SLIDING, num_local_experts=4, num_experts_per_tok=4)
     if family == "mistral":
         return t.MistralConfig(**_COMMON, sliding_window=WINDOW)
     kind = {"llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "qwen3": t.Qwen3Config}[family]

@@ -364,6 +364,8 @@ class Rows:
 
 
 def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(parts) == 1:
+        return parts[0]
     added = ("bytes_held", "bytes_f16", "metadata_bytes", "pages", "evicted_slots", "slots_reused")
     largest = ("tokens", "live_tokens_max", "live_tokens")
     return {
