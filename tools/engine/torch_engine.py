@@ -61,6 +61,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by row, the youngest last
         self.preempted = 0
+        self._full = False  # somebody had to wait, and nobody has ended since
         self._free = list(range(rows - 1, -1, -1))
         self._host = torch.empty(rows, dtype=torch.int64, pin_memory=torch.cuda.is_available())
 
@@ -89,7 +90,7 @@ class Engine:
         self.cache.close()
 
     def _admit(self) -> None:
-        while self.waiting and self._free:
+        while self.waiting and self._free and not self._full:
             request, row = self.waiting[0], self._free[-1]
             try:
                 # What was generated before a pause is part of the prompt.
@@ -115,11 +116,13 @@ class Engine:
             request.on_token(request, token)
             if token in self.end_tokens or len(request.answer) >= request.tokens_max:
                 self._leave(row)
+                self._full = False
 
     def _make_room(self, error: Exception) -> None:
         """The youngest gives its pages back and waits; the only one left gets the error."""
         row, request = next(reversed(self.running.items()))
-        if len(self.running) == 1:
+        self._full = len(self.running) > 1  # else it would come back at once, and leave again
+        if not self._full:
             request.error = error
         else:
             self.preempted += 1
