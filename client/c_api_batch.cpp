@@ -65,8 +65,8 @@ Status append(thinkv_batch* batch, uint32_t layer, const thinkv_tensor* k, const
 Result<GpuBatch::Attend> read_attend(const thinkv_attend_options* options) {
   thinkv_attend_options known = THINKV_ATTEND_OPTIONS_INIT;
   if (options != nullptr) {
-    THINKV_TRY(read_options("attend options", *options, offsetof(thinkv_attend_options, reserved),
-                            known));
+    THINKV_TRY(
+        read_options("attend options", *options, offsetof(thinkv_attend_options, reserved), known));
     THINKV_TRY(check_reserved("attend options", known.reserved));
   }
   constexpr uint32_t kFlags = THINKV_ATTEND_SILENT | THINKV_ATTEND_MEASURE_ONLY;

@@ -63,7 +63,7 @@ struct Model {
 struct SequenceObject {
   Model* model = nullptr;
   Handle handle = 0;
-  uint64_t id = 0;  // the daemon's
+  uint64_t id = 0;             // the daemon's
   uint32_t budget_tokens = 0;  // as the caller gave it
   std::unique_ptr<LeaseSource> source;
   std::optional<kernels::Sequence> sequence;

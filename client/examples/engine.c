@@ -75,7 +75,7 @@ static int step_all(thinkv_model* model, request** run, int rows, thinkv_error* 
   return 0;
 }
 int main(int count, char** arguments) {
-  const int rows_max = count > 1 ? atoi(arguments[1]) : 4;
+  const int rows_max = count > 1 ? (int)strtol(arguments[1], NULL, 10) : 4;
   static request all[REQUESTS], *run[ROWS], *queue[REQUESTS]; /* the next one is the last */
   for (int i = 0; i < REQUESTS; ++i) {
     queue[REQUESTS - 1 - i] = &all[i];

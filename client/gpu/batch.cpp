@@ -99,12 +99,12 @@ Status GpuBatch::make_memory() {
 Status GpuBatch::make_lists() {
   const cuda::Gpu& gpu = engine_->gpu();
   const uint64_t pages = uint64_t{engine_->geometry().layers} * list_pages_;
-  THINKV_ASSIGN_OR_RETURN(GpuMemory lists, GpuMemory::make(gpu, Place::kDevice,
-                                                           pages * sizeof(cuda::PageView),
-                                                           "the page lists of a batch"));
-  THINKV_ASSIGN_OR_RETURN(GpuMemory score_rows, GpuMemory::make(gpu, Place::kDevice,
-                                                                pages * sizeof(uint16_t*),
-                                                                "the page lists of a batch"));
+  THINKV_ASSIGN_OR_RETURN(GpuMemory lists,
+                          GpuMemory::make(gpu, Place::kDevice, pages * sizeof(cuda::PageView),
+                                          "the page lists of a batch"));
+  THINKV_ASSIGN_OR_RETURN(
+      GpuMemory score_rows,
+      GpuMemory::make(gpu, Place::kDevice, pages * sizeof(uint16_t*), "the page lists of a batch"));
   if (emission_) {
     const uint64_t bytes =
         engine_->kernels().emit_scratch_bytes(list_pages_, engine_->geometry().group());

@@ -333,11 +333,11 @@ typedef struct thinkv_attend_options {
   uint32_t flags;  /* THINKV_ATTEND_... */
   uint32_t reserved[8];
 } thinkv_attend_options;
-#define THINKV_ATTEND_OPTIONS_INIT              \
-  {                                             \
-    sizeof(thinkv_attend_options), 0, 0, 0, {   \
-      0                                         \
-    }                                           \
+#define THINKV_ATTEND_OPTIONS_INIT            \
+  {                                           \
+    sizeof(thinkv_attend_options), 0, 0, 0, { \
+      0                                       \
+    }                                         \
   }
 /* The policy does not see this query: for the second and later queries of one step. */
 #define THINKV_ATTEND_SILENT 1u

@@ -100,8 +100,8 @@ __global__ void copy_end_kernel(const __grid_constant__ BatchView view, uint32_t
 }  // namespace
 
 cudaError_t launch_copy(const BatchView& view, uint32_t from, uint32_t root, cudaStream_t stream) {
-  cudaError_t error = launch(copy_root_kernel, {.blocks = 1, .threads = kThreads}, stream, view,
-                             from, root);
+  cudaError_t error =
+      launch(copy_root_kernel, {.blocks = 1, .threads = kThreads}, stream, view, from, root);
   if (error != cudaSuccess) return error;
   error = launch(copy_lanes_kernel, {.blocks = view.geometry.lanes(), .threads = kThreads}, stream,
                  view, from, root);

@@ -83,9 +83,8 @@ __global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t ro
                              const uint32_t* positions, uint32_t count) {
   const LaneView lane = lane_of_warp(view, sequence_at(view, root));
   if (lane.lane == nullptr) return;
-  evict_from_lane(lane, positions[0], positions[count - 1], [&](uint32_t position) {
-    return is_listed(positions, count, position);
-  });
+  evict_from_lane(lane, positions[0], positions[count - 1],
+                  [&](uint32_t position) { return is_listed(positions, count, position); });
 }
 
 __global__ void trim_kernel(const __grid_constant__ BatchView view, uint32_t root, uint32_t keep) {

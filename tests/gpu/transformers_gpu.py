@@ -1,11 +1,12 @@
-"""thinkv.transformers and thinkv.Step on a real GPU: the cases of tests/python/transformers_cases.py
-with large ragged batches and CUDA graphs, crashes, and SmolLM2 against DynamicCache.
+"""thinkv.transformers and thinkv.Step on a real GPU: the cases of
+tests/python/transformers_cases.py with large ragged batches and CUDA graphs, crashes, and SmolLM2
+against DynamicCache.
 
     THINKV_BIN_DIR=... THINKV_LIBRARY=... \
     PYTHONPATH=client/python:tests/python python3 tests/gpu/transformers_gpu.py [TEST...]
 
-Needs torch with CUDA and transformers; SmolLM2's GGUF is found as tools/engine finds it, or named by
-THINKV_MODEL. The exit status is the number of failures; 77: nothing can run here.
+Needs torch with CUDA and transformers; SmolLM2's GGUF is found as tools/engine finds it, or named
+by THINKV_MODEL. The exit status is the number of failures; 77: nothing can run here.
 """
 
 import os
@@ -109,7 +110,7 @@ class Graphs(OnTheGpu, cases.TransformersCase):
         launched = time.monotonic() - started
         torch.cuda.synchronize()
         waited = time.monotonic() - started
-        print(f"    launched in {1e6 * launched:.0f} us beside {1e3 * waited:.0f} ms of waiting work")
+        print(f"    launched in {1e6 * launched:.0f} us, the GPU was busy for {1e3 * waited:.0f} ms")
         self.assertLess(launched, 0.25 * waited)
 
 
@@ -177,15 +178,12 @@ class SmolLM2(OnTheGpu, cases.TransformersCase):
 
     @classmethod
     def setUpClass(cls):
-        from pathlib import Path
-
         try:
             from engine import prompts
             from engine.gguf_weights import ModelFile, find_model
             from engine.tokenizer import Tokenizer
             from engine.torch_model import llama_of
-            named = os.environ.get("THINKV_MODEL")
-            file = ModelFile(Path(named) if named else find_model())
+            file = ModelFile(find_model())
         except Exception as error:
             raise unittest.SkipTest(f"no SmolLM2 here: {error}") from None
         cls.tokenizer = Tokenizer(file.vocabulary())
@@ -213,8 +211,8 @@ class SmolLM2(OnTheGpu, cases.TransformersCase):
             gap = float(logits[want[at]] - logits[got[at]])
             # bf16 keeps 8 bits: of logits of this size, one step of it.
             step = float(logits[want[at]].abs()) * 2**-7
-            print(f"    prompt {number}: token {at - prompt.shape[1]} differs, logits by {gap:.4f}, "
-                  f"a bf16 step is {step:.4f}")
+            print(f"    prompt {number}: token {at - prompt.shape[1]} differs, logits by "
+                  f"{gap:.4f}, a bf16 step is {step:.4f}")
             self.assertLess(abs(gap), 2 * step)
         print(f"    {len(self.prompts) - differ} of {len(self.prompts)} texts of 512 tokens equal")
 

@@ -92,8 +92,8 @@ class Logits(TransformersCase):
         got = self.run_of(model, cache, ids, mask, feed)
         worst = float((got - want).abs().max())
         same = float((got.argmax(-1) == want.argmax(-1)).float().mean())
-        print(f"    {family:8} batch {batch:2}: worst logit {worst:.5f} of {float(want.std()):.2f}, "
-              f"likeliest token equal in {100 * same:.2f} %")
+        print(f"    {family:8} batch {batch:2}: worst logit {worst:.5f} of "
+              f"{float(want.std()):.2f}, likeliest token equal in {100 * same:.2f} %")
         self.assertLess(worst, TOLERANCE)
         self.assertEqual(cache.get_seq_length(), 40 + self.steps)
         # Another cache under the same attention is not ours to touch.

@@ -121,7 +121,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """What `thinkvctl status --json` prints."""
-        command = [_binary("thinkvctl", self._gpu), "--socket", str(self.socket), "status", "--json"]
+        command = [_binary("thinkvctl", self._gpu), "--socket", str(self.socket),
+                   "status", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode != 0:
             raise DaemonError(f"thinkvctl status failed: {done.stderr.strip()}")
@@ -150,7 +151,8 @@ class Daemon:
         return private
 
     def _start(self) -> None:
-        command = [_binary("thinkvd", self._gpu), "--config", str(self._config), "--socket", str(self.socket)]
+        command = [_binary("thinkvd", self._gpu), "--config", str(self._config),
+                   "--socket", str(self.socket)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("THINKV_")}
         with open(self.log, "wb") as log:
             # A session of its own: Ctrl-C in the terminal reaches the tool, which stops the

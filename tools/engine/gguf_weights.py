@@ -71,8 +71,8 @@ class Vocabulary:
 
 
 def find_model() -> pathlib.Path:
-    """Path of the GGUF: THINKV_MODEL, else inside the installed package. Raises WeightsError when it
-    is not there."""
+    """Path of the GGUF: THINKV_MODEL, else inside the installed package. Raises WeightsError when
+    it is not there."""
     if named := os.environ.get("THINKV_MODEL"):
         if pathlib.Path(named).is_file():
             return pathlib.Path(named)

@@ -9,8 +9,6 @@ import pathlib
 import subprocess
 import sys
 
-from .gguf_weights import WeightsError, find_model
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROBE = ("import torch, transformers, tokenizers, gguf, sys;"
          "sys.exit(0 if torch.cuda.is_available() else 'torch sees no GPU')")
@@ -45,6 +43,8 @@ def find_gpu() -> GpuEngine:
     for path in (bin_dir / "thinkvd", library):
         if not path.is_file():
             raise NoGpu(f"{path} is not there: build the preset cuda (tools/dev build cuda)")
+    from .gguf_weights import WeightsError, find_model  # needs gguf, which --help does not have
+
     try:
         model = find_model()
     except WeightsError as error:
@@ -65,5 +65,5 @@ def _python() -> str:
         if done.returncode == 0:
             return python
         reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-    raise NoGpu(f"no Python with torch, transformers, tokenizers and gguf that sees a GPU ({reason}); "
-                "THINKV_TORCH_PYTHON names one")
+    raise NoGpu("no Python with torch, transformers, tokenizers and gguf that sees a GPU "
+                f"({reason}); THINKV_TORCH_PYTHON names one")

@@ -27,8 +27,9 @@ EXIT_S = 20.0
 DESCRIPTION = """\
 Starts thinkvd and two engine processes that answer their own step-by-step questions with
 SmolLM2-135M-Instruct; the KV caches of both live in the daemon's pool: on the GPU where torch and
-transformers can use one (--backend), else in host memory. At the end: a table of bytes, evictions and quality, one process exits, the other one is killed, and the pool
-must be empty again. The first run installs what is missing (Debian packages need root or sudo)."""
+transformers can use one (--backend), else in host memory. At the end: a table of bytes, evictions
+and quality, one process exits, the other one is killed, and the pool must be empty again. The
+first run installs what is missing (Debian packages need root or sudo)."""
 
 EPILOG = """\
 A model of this size repeats itself under greedy decoding, so tokens are drawn at the given
@@ -53,7 +54,8 @@ class Worker:
         self.closed = False
         self._pending = b""
         command = [
-            gpu.python if gpu else sys.executable, "-m", "engine.worker", "--name", name, "--socket", socket,
+            gpu.python if gpu else sys.executable, "-m", "engine.worker",
+            "--name", name, "--socket", socket,
             "--policy", options.policy, "--tokens", str(options.tokens), "--seed", str(seed),
             "--temperature", str(options.temperature),
         ]

@@ -1,8 +1,8 @@
 """A small inference engine on thinkvd's pool: continuous batching over one CUDA graph.
 
 Nothing but the public API of `thinkv`: a cache with rows, a Step, and the errors that say when the
-pool has no room. Sequences join and leave between steps; who may join is the pool's answer, and when
-it runs short in the middle the youngest one waits and goes on later.
+pool has no room. Sequences join and leave between steps; who may join is the pool's answer, and
+when it runs short in the middle the youngest one waits and goes on later.
 
     tools/engine/run engine.torch_engine MODEL [--rows N] [--policy NAME] < prompts.txt
 

@@ -7,8 +7,8 @@
 Arrays go in as numpy arrays or anything with ``__dlpack__`` in host memory; they come out as numpy
 arrays where numpy is installed, else as ``memoryview``. With a daemon whose pool is on a GPU,
 sequences decode in the rows of a ``model.batch(...)``, on GPU tensors, on the current stream.
-``thinkv.transformers`` puts Hugging Face models on it, ``thinkv.Step`` their whole decode step in one
-CUDA graph; all else needs nothing but libthinkv.
+``thinkv.transformers`` puts Hugging Face models on it, ``thinkv.Step`` their whole decode step in
+one CUDA graph; all else needs nothing but libthinkv.
 """
 
 from ._batch import Batch

@@ -126,7 +126,9 @@ def lies_on_gpu(tensor: Any) -> bool:
 # DLPack costs ten times as much as this, for each of the hundred tensors of a step.
 def _from_torch(name: str, tensor: Any, expected: Seq[int | None]) -> Input:
     if not lies_on_gpu(tensor):
-        raise TypeError(f"{name}: lies on device {tensor.device}, expected memory of the pool's GPU")
+        raise TypeError(
+            f"{name}: lies on device {tensor.device}, expected memory of the pool's GPU"
+        )
     if not _torch_types:
         torch = sys.modules["torch"]
         _torch_types.update(

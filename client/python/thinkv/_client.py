@@ -227,8 +227,8 @@ class Sequence(Handle):
         return evicted.value
 
     def trim(self, keep: int) -> None:
-        """cuda backend: evicts all but the newest `keep` tokens, as a sliding window allows, without
-        waiting for the GPU. Up to 16 more may stay."""
+        """cuda backend: evicts all but the newest `keep` tokens, as a sliding window allows,
+        without waiting for the GPU. Up to 16 more may stay."""
         self.model.use_current_stream()
         call("thinkv_sequence_trim", self._handle, keep)
 

@@ -25,9 +25,9 @@ class Step:
     call reserves pages on the host and replays it, and nothing waits for the GPU. Rows join and
     leave between calls; the values of empty rows mean nothing.
 
-    choose: from logits [rows, vocabulary] the tokens [rows], without waiting for the GPU and without
-    changing its shapes; default: the likeliest. graph=False: every call launches what the graph
-    would hold, for models whose forward pass waits for the GPU (most mixtures of experts).
+    choose: from logits [rows, vocabulary] the tokens [rows], without waiting for the GPU and
+    without changing its shapes; default: the likeliest. graph=False: every call launches what the
+    graph would hold, for models whose forward pass waits for the GPU (most mixtures of experts).
 
     tokens and logits are overwritten by the next call. Calls must not overlap."""
 
@@ -103,8 +103,9 @@ class Step:
         return self.tokens
 
     def join(self, row: int, prompt: torch.Tensor | Sequence[int]) -> None:
-        """Runs the model over the prompt's token ids [tokens] and lets the sequence into a free row;
-        tokens[row] is its first token then. Raises as a call does; nothing has changed then."""
+        """Runs the model over the prompt's token ids [tokens] and lets the sequence into a free
+        row; tokens[row] is its first token then. Raises as a call does, and nothing has changed
+        then."""
         torch = sys.modules["torch"]
         ids = torch.as_tensor(prompt, device=self.tokens.device).reshape(1, -1)
         cache = self.cache.prompt()

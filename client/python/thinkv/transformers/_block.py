@@ -1,5 +1,5 @@
-"""Several tokens at once over what the pool holds: the check of speculative tokens, the next turn of
-a conversation.
+"""Several tokens at once over what the pool holds: the check of speculative tokens, the next turn
+of a conversation.
 
 The first token of a block takes an ordinary step. The others attend in the same step, to the pool
 and to each other, and stay outside the pool until the next pass: so they can be taken back. Then
@@ -31,7 +31,7 @@ class Tail:
         self.tokens -= tokens
 
     def step(self, groups: list[Group], batches: list[Batch]) -> None:
-        """One token of the tail into the pool; its page were reserved, the step was begun."""
+        """One token of the tail into the pool; its pages were reserved, the step was begun."""
         for group, batch in zip(groups, batches):
             for index, layer in enumerate(group.layers):
                 query, key, value = (_token(x, self._done) for x in self._layers[layer])
@@ -56,7 +56,7 @@ def attend_block(
     value: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query, key, value: [batch, heads, tokens, head_dim], in a step that was begun. The first
-    token is appended. Result: out and log-sum-exp, float32, [batch, tokens, q_heads(, head_dim)]."""
+    token is appended. Result: out and log-sum-exp, float32, [batch, tokens, q_heads(, dim)]."""
     index, window = group.index(layer), group.shape.window
     batch.append(index, _token(key, 0), _token(value, 0))
     outs, sums = [], []

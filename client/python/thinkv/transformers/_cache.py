@@ -78,7 +78,7 @@ class ThinkvCache(Cache):
     tokens_max: as Model.batch(), for an engine whose steps are in a CUDA graph.
 
     Raises what opening a client raises, NotFoundError (policy), UnsupportedError (a pool in host
-    memory), NotImplementedError (a layer that the pool cannot hold). While it is used: thinkv.Error;
+    memory), NotImplementedError (a layer that the pool cannot hold). In use: thinkv.Error;
     ExhaustedError and QuotaExceededError leave the cache as it was before the pass."""
 
     def __init__(
@@ -124,8 +124,8 @@ class ThinkvCache(Cache):
             layer.reset()
 
     def activate_past_recording(self) -> None:
-        """From the next prompt on, its end can be cropped too; it costs the prompt's keys and values
-        in memory of its own until the pass after it."""
+        """From the next prompt on, its end can be cropped too; it costs the prompt's keys and
+        values in memory of its own until the pass after it."""
         self._rows.hold = True
         super_method = getattr(super(), "activate_past_recording", None)
         if super_method is not None:

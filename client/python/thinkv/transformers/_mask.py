@@ -19,7 +19,8 @@ _ATTRIBUTE = "_thinkv_mask"
 class _Recipe:
     def __init__(self, make: Callable[[], torch.Tensor | None], padding: torch.Tensor | None):
         self.make = make
-        self.padding = padding  # [batch, tokens so far], true where there is a token; None: everywhere
+        # [batch, tokens so far], true where there is a token; None: everywhere.
+        self.padding = padding
         self.made: torch.Tensor | None = None
         self.is_made = False
 
