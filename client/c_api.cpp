@@ -195,6 +195,7 @@ Status set_budget(thinkv_sequence* sequence, uint32_t budget_tokens) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
   THINKV_TRY(pin->gpu ? pin->gpu->set_budget(budget_tokens)
                       : pin->sequence->set_budget(budget_tokens));
+  pin->budget_tokens = budget_tokens;
   // The daemon keeps it for its status only, so the sequence decides first.
   return pin->model->client->session->set_budget(pin->id, budget_tokens);
 }

@@ -18,12 +18,16 @@ Status open_batch_with(thinkv_model* model, const thinkv_batch_options* options,
   thinkv_batch_options known = THINKV_BATCH_OPTIONS_INIT;
   if (options != nullptr) {
     THINKV_TRY(
-        read_options("batch options", *options, offsetof(thinkv_batch_options, reserved), known));
+        read_options("batch options", *options, offsetof(thinkv_batch_options, flags), known));
     THINKV_TRY(check_reserved("batch options", known.reserved));
   }
+  if ((known.flags & ~THINKV_BATCH_GROWS) != 0) {
+    return describe(ErrorCode::kInvalidArgument, "batch options: unknown flags 0x%x", known.flags);
+  }
   return open_into(batch, "batch", [&] {
-    return open_batch(to_handle(model),
-                      {.capacity = known.capacity, .tokens_max = known.tokens_max});
+    return open_batch(to_handle(model), {.capacity = known.capacity,
+                                         .tokens_max = known.tokens_max,
+                                         .grows = (known.flags & THINKV_BATCH_GROWS) != 0});
   });
 }
 
@@ -57,14 +61,35 @@ Status append(thinkv_batch* batch, uint32_t layer, const thinkv_tensor* k, const
   return pin->batch->append(layer, k_data, v_data, element_of(k->dtype));
 }
 
-Status attend(thinkv_batch* batch, uint32_t layer, const thinkv_tensor* q, const thinkv_output* out,
-              const thinkv_output* lse) {
+// What the options say; null: nothing.
+Result<GpuBatch::Attend> read_attend(const thinkv_attend_options* options) {
+  thinkv_attend_options known = THINKV_ATTEND_OPTIONS_INIT;
+  if (options != nullptr) {
+    THINKV_TRY(
+        read_options("attend options", *options, offsetof(thinkv_attend_options, reserved), known));
+    THINKV_TRY(check_reserved("attend options", known.reserved));
+  }
+  constexpr uint32_t kFlags = THINKV_ATTEND_SILENT | THINKV_ATTEND_MEASURE_ONLY;
+  if ((known.flags & ~kFlags) != 0 || known.flags == kFlags) {
+    return describe(ErrorCode::kInvalidArgument,
+                    "attend options: flags 0x%x are unknown or contradict each other", known.flags);
+  }
+  GpuBatch::Attend io;
+  io.window = known.window;
+  io.sinks = known.sinks;
+  io.silent = (known.flags & THINKV_ATTEND_SILENT) != 0;
+  io.measure_only = (known.flags & THINKV_ATTEND_MEASURE_ONLY) != 0;
+  return io;
+}
+
+Status attend(thinkv_batch* batch, uint32_t layer, const thinkv_attend_options* options,
+              const thinkv_tensor* q, const thinkv_output* out, const thinkv_output* lse) {
   THINKV_ASSIGN_OR_RETURN(const Pinned<BatchObject> pin, pin_batch(batch));
+  THINKV_ASSIGN_OR_RETURN(GpuBatch::Attend io, read_attend(options));
   const ModelGeometry& geometry = pin->model->geometry;
   const int64_t rows = pin->batch->capacity();
   const int64_t shape[] = {rows, geometry.q_heads, geometry.head_dim};
   const int64_t lse_shape[] = {rows, geometry.q_heads};
-  GpuBatch::Attend io;
   THINKV_ASSIGN_OR_RETURN(io.q, input(*pin, "q", q, shape));
   THINKV_ASSIGN_OR_RETURN(io.out, device_output("out", out, shape, false));
   THINKV_TRY(pin->batch->engine().check_pointer("out", io.out));
@@ -76,6 +101,20 @@ Status attend(thinkv_batch* batch, uint32_t layer, const thinkv_tensor* q, const
   io.q_element = element_of(q->dtype);
   io.out_element = element_of(out->dtype);
   return pin->batch->attend(layer, io);
+}
+
+Status trim(thinkv_sequence* sequence, uint32_t keep) {
+  THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  if (!pin->gpu) {
+    return make_error(ErrorCode::kUnsupported, "on the host backend use thinkv_sequence_evict");
+  }
+  if (keep == 0) return make_error(ErrorCode::kInvalidArgument, "keep is 0, at least 1");
+  return pin->gpu->trim(keep);
+}
+
+Status copy(thinkv_sequence* sequence, thinkv_sequence** out) {
+  THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  return open_into(out, "copy", [&] { return copy_sequence(*pin); });
 }
 
 Status set_stream(thinkv_model* model, void* stream) {
@@ -167,7 +206,28 @@ thinkv_status thinkv_batch_append(thinkv_batch* batch, uint32_t layer, const thi
 thinkv_status thinkv_batch_attend(thinkv_batch* batch, uint32_t layer, const thinkv_tensor* q,
                                   const thinkv_output* out, const thinkv_output* lse,
                                   thinkv_error* error) {
-  return impl::guard(error, [&] { return impl::attend(batch, layer, q, out, lse); });
+  return impl::guard(error, [&] { return impl::attend(batch, layer, nullptr, q, out, lse); });
+}
+
+thinkv_status thinkv_batch_attend_with(thinkv_batch* batch, uint32_t layer,
+                                       const thinkv_attend_options* options, const thinkv_tensor* q,
+                                       const thinkv_output* out, const thinkv_output* lse,
+                                       thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::attend(batch, layer, options, q, out, lse); });
+}
+
+thinkv_status thinkv_batch_unreserve(thinkv_batch* batch, thinkv_error* error) {
+  return impl::guard(
+      error, [&] { return impl::on_batch(batch, [](auto& rows) { return rows.unreserve(); }); });
+}
+
+thinkv_status thinkv_sequence_trim(thinkv_sequence* sequence, uint32_t keep, thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::trim(sequence, keep); });
+}
+
+thinkv_status thinkv_sequence_copy(thinkv_sequence* sequence, thinkv_sequence** copy,
+                                   thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::copy(sequence, copy); });
 }
 
 thinkv_status thinkv_batch_end(thinkv_batch* batch, thinkv_error* error) {

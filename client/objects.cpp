@@ -73,22 +73,28 @@ kernels::SequenceStats to_stats(const cuda::SequenceNumbers& n, uint64_t page_si
   return stats;
 }
 
+// The daemon forgets a sequence that could not be made.
+Error close_failed(Session& session, uint64_t id, const Error& error) {
+  // A copy of the text: closing may describe an error of its own into this thread's buffer.
+  const ErrorCode code = error.code;
+  const std::string text = error.what;
+  session.close_sequence(id);
+  return describe(code, "%s", text.c_str());
+}
+
 Result<std::unique_ptr<SequenceObject>> make_sequence(Model& model,
                                                       const SequenceOpenOptions& options) {
   Session& session = *model.client->session;
   THINKV_ASSIGN_OR_RETURN(const PolicyEntry policy, session.policy(options.policy));
   auto object = std::make_unique<SequenceObject>();
   object->model = &model;
+  object->budget_tokens = options.budget_tokens;
   THINKV_ASSIGN_OR_RETURN(object->id,
                           session.open_sequence(model.id, policy.id, options.budget_tokens));
   const Status made = model.gpu ? make_on_gpu(*object, policy.params, options)
                                 : make_on_host(*object, policy.params, options);
   if (made) return object;
-  // A copy of the text: closing may describe an error of its own into this thread's buffer.
-  const ErrorCode code = made.error().code;
-  const std::string text = made.error().what;
-  session.close_sequence(object->id);
-  return describe(code, "%s", text.c_str());
+  return close_failed(session, object->id, made.error());
 }
 
 }  // namespace
@@ -188,6 +194,30 @@ Result<Handle> open_sequence(Handle model_handle, const SequenceOpenOptions& opt
   THINKV_ASSIGN_OR_RETURN(std::unique_ptr<SequenceObject> object, make_sequence(*model, options));
   if (!object->gpu) static_cast<void>(object->report());  // the GPU's numbers come with its steps
   return publish(HandleKind::kSequence, std::move(object), model->sequences);
+}
+
+Result<Handle> copy_sequence(SequenceObject& source) {
+  Model& model = *source.model;
+  if (!source.gpu) {
+    return make_error(ErrorCode::kUnsupported, "sequences are copied on the cuda backend only");
+  }
+  Session& session = *model.client->session;
+  THINKV_ASSIGN_OR_RETURN(const PolicyEntry policy, session.policy(source.gpu->policy().name));
+  auto object = std::make_unique<SequenceObject>();
+  object->model = &model;
+  object->budget_tokens = source.budget_tokens;
+  THINKV_ASSIGN_OR_RETURN(object->id,
+                          session.open_sequence(model.id, policy.id, source.budget_tokens));
+  Result<std::unique_ptr<GpuSequence>> copied = source.gpu->copy();
+  if (!copied) return close_failed(session, object->id, copied.error());
+  object->gpu = std::move(copied).value();
+  // Counted as its close takes it away; the rest comes with the numbers of its steps.
+  const uint64_t tokens = object->gpu->prompt_tokens() + object->gpu->generated_tokens();
+  CounterDelta delta{};
+  delta.f16_bytes = tokens * model.geometry.token_bytes_f16();
+  session.add_counters(delta);
+  THINKV_ASSIGN_OR_RETURN(object->reported, object->stats());
+  return publish(HandleKind::kSequence, std::move(object), model.sequences);
 }
 
 void close_sequence(Handle handle) {

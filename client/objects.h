@@ -63,7 +63,8 @@ struct Model {
 struct SequenceObject {
   Model* model = nullptr;
   Handle handle = 0;
-  uint64_t id = 0;  // the daemon's
+  uint64_t id = 0;             // the daemon's
+  uint32_t budget_tokens = 0;  // as the caller gave it
   std::unique_ptr<LeaseSource> source;
   std::optional<kernels::Sequence> sequence;
   std::unique_ptr<GpuSequence> gpu;
@@ -122,6 +123,8 @@ struct SequenceOpenOptions {
   bool trace_sparsity = false;
 };
 [[nodiscard]] Result<Handle> open_sequence(Handle model, const SequenceOpenOptions& options);
+// Errors: kUnsupported on the host backend. `source` stays pinned by the caller.
+[[nodiscard]] Result<Handle> copy_sequence(SequenceObject& source);
 [[nodiscard]] Result<Handle> open_batch(Handle model, const GpuBatch::Options& options);
 [[nodiscard]] Result<Handle> begin_step(Handle model, std::span<const Handle> sequences);
 // Ends the step and frees it in any case.

@@ -12,6 +12,7 @@ namespace {
 using enum ErrorCode;
 using Place = GpuMemory::Place;
 
+constexpr uint64_t kListPagesMax = 0xFFFF'FFFFu;
 constexpr uint32_t kTokensMaxDefault = 8192;
 constexpr uint32_t kTokensPerPage = 32;  // of 4-bit pages
 constexpr uint32_t kSparePages = 8;      // of a lane: buffer, partly filled pages of other formats
@@ -56,9 +57,12 @@ Status GpuBatch::make_memory() {
   const cuda::Gpu& gpu = engine_->gpu();
   lanes_ = options_.capacity * g.kv_heads;
   rows_.assign(options_.capacity, nullptr);
+  joined_at_.assign(options_.capacity, 0);
   const uint64_t lane_pages = options_.tokens_max / kTokensPerPage + kSparePages;
-  const uint64_t pages = lanes_ * lane_pages;
-  if (pages > 0xFFFF'FFFFu) return make_error(kInvalidArgument, "tokens_max is too large");
+  if (lanes_ * lane_pages > kListPagesMax) {
+    return make_error(kInvalidArgument, "tokens_max is too large");
+  }
+  list_pages_ = static_cast<uint32_t>(lanes_ * lane_pages);
   softmax_scale_ = softmax_scale_of(g);
   // The larger of the two shapes: use_policy() chooses.
   shape_ = kernels.attend_shape(engine_->multiprocessors(), lanes_, g.head_dim, true);
@@ -71,30 +75,57 @@ Status GpuBatch::make_memory() {
   THINKV_TRY(device(emit_, uint64_t{g.layers} * options_.capacity));
   THINKV_TRY(device(lane_begin_, uint64_t{g.layers} * (lanes_ + 1) * sizeof(uint32_t)));
   THINKV_TRY(device(sites_, uint64_t{g.layers} * lanes_ * sizeof(cuda::TokenSite)));
-  THINKV_TRY(device(pages_, g.layers * pages * sizeof(cuda::PageView)));
-  THINKV_TRY(device(score_rows_, g.layers * pages * sizeof(uint16_t*)));
   THINKV_TRY(device(sparsity_, uint64_t{g.layers} * lanes_ * sizeof(cuda::LaneSparsity)));
   THINKV_TRY(device(
       parts_, kernels.attend_part_floats(shape_, lanes_, g.group(), g.head_dim) * sizeof(float)));
   THINKV_ASSIGN_OR_RETURN(
       progress_, GpuMemory::make(gpu, Place::kPinnedHost, sizeof(cuda::Progress), "progress"));
-  view_memory(static_cast<uint32_t>(pages));
-  return clear_rows();
-}
-
-void GpuBatch::view_memory(uint32_t pages_max) {
   view_ = engine_->view();
   view_.roots = roots_.as<uint32_t>();
   view_.capacity = options_.capacity;
-  view_.pages_max = pages_max;
   view_.progress = progress_.as<cuda::Progress>();
   view_.positions = positions_.as<uint32_t>();
   view_.emit = emit_.as<uint8_t>();
   view_.lane_begin = lane_begin_.as<uint32_t>();
   view_.sites = sites_.as<cuda::TokenSite>();
+  view_.sparsity = sparsity_.as<cuda::LaneSparsity>();
+  THINKV_TRY(make_lists());
+  return clear_rows();
+}
+
+// The working memory that grows with the pages of a layer's list.
+Status GpuBatch::make_lists() {
+  const cuda::Gpu& gpu = engine_->gpu();
+  const uint64_t pages = uint64_t{engine_->geometry().layers} * list_pages_;
+  THINKV_ASSIGN_OR_RETURN(GpuMemory lists,
+                          GpuMemory::make(gpu, Place::kDevice, pages * sizeof(cuda::PageView),
+                                          "the page lists of a batch"));
+  THINKV_ASSIGN_OR_RETURN(
+      GpuMemory score_rows,
+      GpuMemory::make(gpu, Place::kDevice, pages * sizeof(uint16_t*), "the page lists of a batch"));
+  if (emission_) {
+    const uint64_t bytes =
+        engine_->kernels().emit_scratch_bytes(list_pages_, engine_->geometry().group());
+    THINKV_ASSIGN_OR_RETURN(emit_scratch_,
+                            GpuMemory::make(gpu, Place::kDevice, bytes, "attention scores"));
+  }
+  pages_ = std::move(lists);
+  score_rows_ = std::move(score_rows);
+  view_.pages_max = list_pages_;
   view_.pages = pages_.as<cuda::PageView>();
   view_.score_rows = score_rows_.as<uint16_t*>();
-  view_.sparsity = sparsity_.as<cuda::LaneSparsity>();
+  return {};
+}
+
+// Room for lists of `pages` pages and half as many again: growing waits for the GPU.
+Status GpuBatch::grow(uint64_t pages) {
+  THINKV_TRY(engine_->refuse_capture("working memory cannot grow"));
+  THINKV_TRY(engine_->synchronise());
+  const uint32_t before = list_pages_;
+  list_pages_ = static_cast<uint32_t>(std::min(pages + pages / 2, kListPagesMax));
+  const Status made = make_lists();
+  if (!made) list_pages_ = before;
+  return made;
 }
 
 // No row has a sequence.
@@ -149,7 +180,7 @@ Status GpuBatch::use_emission(const GpuSequence& sequence) {
   }
   if (!emission_) {
     const uint64_t bytes =
-        engine_->kernels().emit_scratch_bytes(view_.pages_max, engine_->geometry().group());
+        engine_->kernels().emit_scratch_bytes(list_pages_, engine_->geometry().group());
     THINKV_ASSIGN_OR_RETURN(
         emit_scratch_, GpuMemory::make(engine_->gpu(), Place::kDevice, bytes, "attention scores"));
     emission_ = true;
@@ -195,6 +226,7 @@ Status GpuBatch::set(uint32_t row, GpuSequence* sequence) {
       "cuMemsetD32Async"));
   if (rows_[row] != nullptr) rows_[row]->join(nullptr, 0);
   rows_[row] = sequence;
+  joined_at_[row] = reserved_steps_;
   if (sequence != nullptr) sequence->join(this, row);
   return {};
 }
@@ -221,16 +253,16 @@ Status GpuBatch::poll() {
   if (known) engine_->report(load(progress.used_total), promised);
   if (steps < reserved_steps_) return {};  // the steps under way can still add pages
   const uint32_t bound = load(progress.lane_pages_max) + GpuSequence::kLanePagesPerFlush;
-  for (GpuSequence* sequence : rows_) {
-    if (sequence != nullptr) sequence->bound_lane_pages(bound);
+  for (size_t row = 0; row < rows_.size(); ++row) {
+    // What joined after the step that was reported is not in its numbers.
+    if (rows_[row] != nullptr && joined_at_[row] < steps) rows_[row]->bound_lane_pages(bound);
   }
   return {};
 }
 
-// What the rows can take in their next `steps` steps. Errors: kUnsupported (a lane's table),
-// kInvalidArgument (the list), both by upper bounds of what the lanes hold.
-Result<uint64_t> GpuBatch::pages_of_steps(uint32_t steps) {
-  uint64_t pages = 0, listed = 0;
+// What the rows can take in their next `steps` steps, and what attention will have to list.
+Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
+  StepPages pages{};
   const uint64_t heads = engine_->geometry().kv_heads;
   for (const GpuSequence* sequence : rows_) {
     if (sequence == nullptr) continue;
@@ -238,7 +270,7 @@ Result<uint64_t> GpuBatch::pages_of_steps(uint32_t steps) {
     for (uint32_t i = 0; i < steps; ++i) {
       const uint32_t step = sequence->step_pages(i, lane_pages);
       if (step > 0) lane_pages += GpuSequence::kLanePagesPerFlush;
-      pages += step;
+      pages.taken += step;
     }
     const uint32_t limit =
         engine_->kernels().lane_pages_limit(engine_->geometry(), sequence->policy());
@@ -246,9 +278,26 @@ Result<uint64_t> GpuBatch::pages_of_steps(uint32_t steps) {
       return describe(kUnsupported,
                       "a lane cannot hold more than %u pages: evict or use fewer bits", limit);
     }
-    listed += heads * (lane_pages + 2);
+    pages.listed += heads * (lane_pages + 2);
   }
-  if (listed <= view_.pages_max) return pages;
+  return pages;
+}
+
+// The same, once the lists have room for it. Errors: kInvalidArgument (tokens_max), kExhausted.
+Result<GpuBatch::StepPages> GpuBatch::make_room(uint32_t steps) {
+  Result<StepPages> pages = pages_of_steps(steps);
+  if ((!pages || pages->listed > list_pages_) && !history_.empty()) {
+    // The bound may be far above what the GPU holds: ask it.
+    THINKV_TRY(engine_->refuse_capture("pages cannot be reserved"));
+    THINKV_TRY(engine_->synchronise());
+    THINKV_TRY(poll());
+    pages = pages_of_steps(steps);
+  }
+  if (!pages || pages->listed <= list_pages_) return pages;
+  if (options_.grows && pages->listed <= kListPagesMax) {
+    THINKV_TRY(grow(pages->listed));
+    return pages;
+  }
   return describe(kInvalidArgument,
                   "the batch was opened for %u live tokens a lane, its sequences may hold more: "
                   "raise tokens_max (a 16-bit page holds a quarter of the tokens)",
@@ -259,31 +308,48 @@ Status GpuBatch::reserve(uint32_t steps) {
   if (steps == 0) return {};
   const auto lock = engine_->lock();
   THINKV_TRY(poll());
-  Result<uint64_t> pages = pages_of_steps(steps);
-  if (!pages && !history_.empty()) {
-    // It failed by a bound, of the list or of a lane's table, that may be far above what the GPU
-    // holds: ask it.
-    THINKV_TRY(engine_->refuse_capture("pages cannot be reserved"));
-    THINKV_TRY(engine_->synchronise());
-    THINKV_TRY(poll());
-    pages = pages_of_steps(steps);
-  }
-  if (!pages) return pages.error();
-  THINKV_TRY(engine_->promise(*pages));
+  THINKV_ASSIGN_OR_RETURN(const StepPages pages, make_room(steps));
+  THINKV_TRY(engine_->promise(pages.taken));
   for (GpuSequence* sequence : rows_) {
     if (sequence != nullptr) sequence->count_steps(steps);
   }
   reserved_steps_ += steps;
-  history_.push_back({reserved_steps_, engine_->promised()});
+  history_.push_back({steps, reserved_steps_, engine_->promised(), pages.taken});
   report_counters(steps);
   return {};
+}
+
+Status GpuBatch::unreserve() {
+  const auto lock = engine_->lock();
+  THINKV_TRY(poll());
+  if (history_.empty() || history_.back().steps != reserved_steps_ ||
+      history_.back().count > reserved_steps_ - reported_steps_) {
+    return make_error(kInvalidArgument, "there is no reserved step that was not run");
+  }
+  const Reserved last = history_.back();
+  history_.pop_back();
+  reserved_steps_ -= last.count;
+  engine_->take_back(last.pages);
+  for (GpuSequence* sequence : rows_) {
+    if (sequence != nullptr) sequence->uncount_steps(last.count);
+  }
+  CounterDelta delta{};
+  const uint64_t tokens = uint64_t{last.count} * row_count();
+  delta.tokens = delta.steps = 0 - tokens;
+  delta.f16_bytes = 0 - tokens * engine_->geometry().token_bytes_f16();
+  engine_->session().add_counters(delta);
+  return {};
+}
+
+uint64_t GpuBatch::row_count() const {
+  return static_cast<uint64_t>(
+      std::count_if(rows_.begin(), rows_.end(), [](auto* row) { return row != nullptr; }));
 }
 
 // What the daemon shows of this client: numbers of the last step that the GPU reported.
 void GpuBatch::report_counters(uint32_t steps) {
   CounterDelta delta{};
-  const auto rows = static_cast<uint64_t>(
-      std::count_if(rows_.begin(), rows_.end(), [](auto* row) { return row != nullptr; }));
+  const uint64_t rows = row_count();
   const ModelGeometry& geometry = engine_->geometry();
   delta.tokens = delta.steps = steps * rows;
   delta.f16_bytes = steps * rows * geometry.token_bytes_f16();
@@ -323,7 +389,9 @@ Status GpuBatch::append(uint32_t layer, const void* k, const void* v, cuda::Elem
 Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   THINKV_TRY(require_layer(layer));
   const ModelGeometry& g = engine_->geometry();
-  const bool emits_here = emission_ && (scored_ || traced_ || label_layers_[layer] != 0);
+  const bool measured = emission_ && (scored_ || traced_ || label_layers_[layer] != 0);
+  if (io.measure_only && !measured) return {};
+  const bool emits_here = measured && !io.silent;
   cuda::AttendParams p{};
   p.pages = view_.pages + size_t{layer} * view_.pages_max;
   p.lane_begin = view_.lane_begin + size_t{layer} * (lanes_ + 1);

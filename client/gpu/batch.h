@@ -22,6 +22,7 @@ class GpuBatch {
   struct Options {
     uint32_t capacity = 1;
     uint32_t tokens_max = 0;  // live tokens of a lane, on average over the rows; 0: 8192
+    bool grows = false;       // reserve() makes the working memory larger instead of failing
   };
   // Errors: kExhausted, kInvalidArgument.
   [[nodiscard]] static Result<std::unique_ptr<GpuBatch>> open(GpuEngine& engine,
@@ -41,6 +42,10 @@ class GpuBatch {
   // kQuotaExceeded, kUnavailable, kInternal (a kernel reported a defect).
   [[nodiscard]] Status reserve(uint32_t steps);
 
+  // Takes the newest reserve() back, whose steps will not be launched. Errors: kInvalidArgument
+  // where there is none, or where the GPU reported one of its steps.
+  [[nodiscard]] Status unreserve();
+
   [[nodiscard]] Status begin();
   [[nodiscard]] Status append(uint32_t layer, const void* k, const void* v, cuda::Element element);
   struct Attend {
@@ -51,6 +56,8 @@ class GpuBatch {
     float* lse = nullptr;
     uint32_t window = 0;
     uint32_t sinks = 0;
+    bool silent = false;        // measures nothing
+    bool measure_only = false;  // does nothing in layers where nothing is measured
   };
   [[nodiscard]] Status attend(uint32_t layer, const Attend& io);
   [[nodiscard]] Status end();
@@ -61,19 +68,28 @@ class GpuBatch {
  private:
   GpuBatch(GpuEngine& engine, const Options& options) : engine_(&engine), options_(options) {}
   [[nodiscard]] Status make_memory();
-  void view_memory(uint32_t pages_max);
+  [[nodiscard]] Status make_lists();
+  [[nodiscard]] Status grow(uint64_t pages);
   [[nodiscard]] Status clear_rows();
   // Reads what the GPU reported.
   [[nodiscard]] Status poll();
-  [[nodiscard]] Result<uint64_t> pages_of_steps(uint32_t steps);
+  struct StepPages {
+    uint64_t taken;   // at most, by the steps
+    uint64_t listed;  // at most, in one layer's list
+  };
+  [[nodiscard]] Result<StepPages> pages_of_steps(uint32_t steps) const;
+  [[nodiscard]] Result<StepPages> make_room(uint32_t steps);
   [[nodiscard]] Status use_policy(const GpuSequence& sequence);
   [[nodiscard]] Status use_emission(const GpuSequence& sequence);
   [[nodiscard]] Status require_layer(uint32_t layer) const;
+  [[nodiscard]] uint64_t row_count() const;
   void report_counters(uint32_t steps);
 
   struct Reserved {
+    uint32_t count;     // steps of this reserve()
     uint64_t steps;     // of this batch, so far
     uint64_t promised;  // of the engine, when those had been promised
+    uint64_t pages;     // promised for them
   };
 
   GpuEngine* engine_;
@@ -82,6 +98,7 @@ class GpuBatch {
   cuda::AttendShape shape_{};
   uint32_t lanes_ = 0;  // of all rows, in one layer
   std::vector<GpuSequence*> rows_;
+  std::vector<uint64_t> joined_at_;  // reserved_steps_ when the row's sequence came
   float softmax_scale_ = 0.0f;
   // What the launches are made for; sequences that need more must join before the first of them.
   bool launched_ = false;
@@ -95,6 +112,7 @@ class GpuBatch {
   GpuMemory roots_, positions_, emit_, lane_begin_, sites_, pages_, score_rows_, sparsity_, parts_,
       emit_scratch_, progress_;
 
+  uint32_t list_pages_ = 0;  // of one layer's list
   uint64_t reserved_steps_ = 0;
   uint64_t reported_steps_ = 0;
   std::deque<Reserved> history_;  // not reported yet, oldest first

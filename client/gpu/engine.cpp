@@ -168,6 +168,12 @@ Status GpuEngine::promise(uint64_t pages) {
   return {};
 }
 
+void GpuEngine::take_back(uint64_t pages) {
+  const std::lock_guard lock(mutex_);
+  promised_ -= pages;
+  used_at_ = std::min(used_at_, promised_);
+}
+
 Status GpuEngine::refill(uint64_t pages) {
   if (pages > kStackPagesMax) {
     return describe(ErrorCode::kExhausted, "a step would need %llu pages at once",

@@ -49,6 +49,8 @@ class GpuEngine {
   // Makes sure that what is enqueued next can take `pages`. On error nothing has changed.
   // Errors: kExhausted, kQuotaExceeded, kUnavailable.
   [[nodiscard]] Status promise(uint64_t pages);
+  // What was promised last is not needed: nothing of it was or will be enqueued.
+  void take_back(uint64_t pages);
   // What was promised since the start: remembered with a step, and given back with its report.
   [[nodiscard]] uint64_t promised() const { return promised_; }
   // A finished step used `used_total` pages in all, when `promised` had been promised.

@@ -26,6 +26,8 @@ struct KernelTable {
   int (*close)(const cuda::BatchView&, uint32_t root, StreamHandle);
   int (*evict)(const cuda::BatchView&, uint32_t root, const uint32_t* positions, uint32_t count,
                StreamHandle);
+  int (*trim)(const cuda::BatchView&, uint32_t root, uint32_t keep, StreamHandle);
+  int (*copy)(const cuda::BatchView&, uint32_t from, uint32_t root, StreamHandle);
   int (*recode)(const cuda::BatchView&, uint32_t root, uint32_t first, uint32_t end, Format,
                 StreamHandle);
   int (*budget)(const cuda::BatchView&, uint32_t root, uint32_t tokens, StreamHandle);

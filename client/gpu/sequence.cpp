@@ -43,6 +43,29 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::open(GpuEngine& engine,
   return sequence;
 }
 
+Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
+  THINKV_TRY(require_idle());
+  const auto lock = engine_->lock();
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers held, numbers());
+  THINKV_TRY(engine_->promise(held.data_pages + held.metadata_pages - 1));  // the root apart
+  THINKV_ASSIGN_OR_RETURN(const PageId root, engine_->take_root());
+  std::unique_ptr<GpuSequence> copy(new GpuSequence(*engine_, policy_, root));
+  copy->traced_ = traced_;
+  copy->prompt_ = prompt_;
+  copy->generated_ = generated_;
+  copy->lane_pages_ = lane_pages_;
+  copy->layer_given_ = layer_given_;
+  const cuda::ContextScope context(engine_->gpu());
+  const int code =
+      engine_->kernels().copy(engine_->view(), root_.raw(), root.raw(), engine_->stream());
+  if (const Status launched = GpuEngine::launched(code, "copy"); !launched) {
+    engine_->give_root(root);
+    copy->root_ = kNoPage;
+    return launched.error();
+  }
+  return copy;
+}
+
 GpuSequence::~GpuSequence() {
   if (!root_.valid()) return;
   const auto lock = engine_->lock();
@@ -138,6 +161,14 @@ Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
   THINKV_TRY(engine_->settle());
   return after.evicted_slots - before.evicted_slots;
+}
+
+Status GpuSequence::trim(uint32_t keep) {
+  THINKV_TRY(require_idle());
+  const auto lock = engine_->lock();
+  const cuda::ContextScope context(engine_->gpu());
+  return GpuEngine::launched(
+      engine_->kernels().trim(engine_->view(), root_.raw(), keep, engine_->stream()), "trim");
 }
 
 Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format format) {

@@ -25,6 +25,9 @@ class GpuSequence {
   [[nodiscard]] static Result<std::unique_ptr<GpuSequence>> open(GpuEngine& engine,
                                                                  const PolicyParams& policy,
                                                                  const Options& options);
+  // A sequence of its own that goes on from where this one is; waits for the stream. Errors: as
+  // open().
+  [[nodiscard]] Result<std::unique_ptr<GpuSequence>> copy();
   // Leaves its batch and gives every page back; waits for the stream.
   ~GpuSequence();
   GpuSequence(const GpuSequence&) = delete;
@@ -37,6 +40,8 @@ class GpuSequence {
   // Results count slots over all lanes; both wait for the stream.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
+  // Evicts all but the newest `keep` tokens (and those in the buffer), without waiting.
+  [[nodiscard]] Status trim(uint32_t keep);
   [[nodiscard]] Status set_budget(uint32_t budget_tokens);
   // Waits for the stream.
   [[nodiscard]] Result<cuda::SequenceNumbers> numbers();
@@ -62,6 +67,7 @@ class GpuSequence {
   // Pages that the step after the next `ahead` can take, with lanes of at most `lane_pages`.
   [[nodiscard]] uint32_t step_pages(uint32_t ahead, uint32_t lane_pages) const;
   void count_steps(uint32_t steps);
+  void uncount_steps(uint32_t steps) { generated_ -= steps; }  // they were not run
   void bound_lane_pages(uint32_t pages) { lane_pages_ = pages; }
 
  private:

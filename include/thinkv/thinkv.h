@@ -287,14 +287,18 @@ typedef struct thinkv_batch_options {
   uint32_t capacity;   /* rows: 1 to 4096 */
   uint32_t tokens_max; /* live tokens a lane that working memory is sized for, on average over the
                           rows, in 4-bit pages (16-bit pages hold a quarter); 0: 8192 */
-  uint32_t reserved[9];
+  uint32_t flags;      /* THINKV_BATCH_... */
+  uint32_t reserved[8];
 } thinkv_batch_options;
-#define THINKV_BATCH_OPTIONS_INIT         \
-  {                                       \
-    sizeof(thinkv_batch_options), 1, 0, { \
-      0                                   \
-    }                                     \
+#define THINKV_BATCH_OPTIONS_INIT            \
+  {                                          \
+    sizeof(thinkv_batch_options), 1, 0, 0, { \
+      0                                      \
+    }                                        \
   }
+/* A reserve that needs more working memory makes it larger, and waits for the stream to do so; only
+ * for batches whose steps are in no graph, which would go on with the old memory. */
+#define THINKV_BATCH_GROWS 1u
 
 /* Errors: UNSUPPORTED on the host backend, EXHAUSTED (GPU memory outside the pool). */
 THINKV_API thinkv_status thinkv_batch_open(thinkv_model* model, const thinkv_batch_options* options,
@@ -322,6 +326,47 @@ THINKV_API thinkv_status thinkv_batch_attend(thinkv_batch* batch, uint32_t layer
                                              const thinkv_tensor* q, const thinkv_output* out,
                                              const thinkv_output* lse, thinkv_error* error);
 THINKV_API thinkv_status thinkv_batch_end(thinkv_batch* batch, thinkv_error* error);
+
+/* Takes the newest reserve back, whose steps will not be launched; the rows are as they were then.
+ * Errors: INVALID_ARGUMENT where there is none that was not run. */
+THINKV_API thinkv_status thinkv_batch_unreserve(thinkv_batch* batch, thinkv_error* error);
+
+/* What one attend does other than the usual. */
+typedef struct thinkv_attend_options {
+  uint32_t struct_size;
+  uint32_t window; /* attends the newest `window` tokens only, this step's included; 0: all */
+  uint32_t sinks;  /* with a window: the first tokens that are attended all the same */
+  uint32_t flags;  /* THINKV_ATTEND_... */
+  uint32_t reserved[8];
+} thinkv_attend_options;
+#define THINKV_ATTEND_OPTIONS_INIT            \
+  {                                           \
+    sizeof(thinkv_attend_options), 0, 0, 0, { \
+      0                                       \
+    }                                         \
+  }
+/* The policy does not see this query: for the second and later queries of one step. */
+#define THINKV_ATTEND_SILENT 1u
+/* Only for what the policy measures: a layer where it measures nothing is left out, and `out` is
+ * not written there. */
+#define THINKV_ATTEND_MEASURE_ONLY 2u
+/* thinkv_batch_attend with options (NULL: none). A window that a model has is given at each step;
+ * tokens that fell out of it are not freed by it: thinkv_sequence_trim frees them. */
+THINKV_API thinkv_status thinkv_batch_attend_with(thinkv_batch* batch, uint32_t layer,
+                                                  const thinkv_attend_options* options,
+                                                  const thinkv_tensor* q, const thinkv_output* out,
+                                                  const thinkv_output* lse, thinkv_error* error);
+
+/* cuda backend: evicts all tokens of a sequence but the newest `keep` (and those that are still in
+ * its 16-token buffer), without waiting for the stream: what a sliding window needs, from time to
+ * time. Errors: UNSUPPORTED on the host backend, INVALID_ARGUMENT (keep 0). */
+THINKV_API thinkv_status thinkv_sequence_trim(thinkv_sequence* sequence, uint32_t keep,
+                                              thinkv_error* error);
+/* cuda backend: a sequence of its own that goes on from where this one is (beams, several samples
+ * of one prompt). Copies every page; waits for the stream. It is in no batch. Errors: as
+ * thinkv_sequence_open; UNSUPPORTED on the host backend. */
+THINKV_API thinkv_status thinkv_sequence_copy(thinkv_sequence* sequence, thinkv_sequence** copy,
+                                              thinkv_error* error);
 
 /* ---- about ---- */
 

@@ -135,6 +135,14 @@ struct BatchView {
 [[nodiscard]] cudaError_t launch_evict(const BatchView& view, uint32_t root,
                                        const uint32_t* positions, uint32_t count,
                                        cudaStream_t stream);
+// All tokens but the newest `keep`, as far as they are not in the buffer.
+[[nodiscard]] cudaError_t launch_trim(const BatchView& view, uint32_t root, uint32_t keep,
+                                      cudaStream_t stream);
+// Makes `root` (a page that the lease does not hold) the root of a copy of the sequence of `from`:
+// every page of it, so the two have nothing in common afterwards. Takes as many pages as `from`
+// holds, its root apart.
+[[nodiscard]] cudaError_t launch_copy(const BatchView& view, uint32_t from, uint32_t root,
+                                      cudaStream_t stream);
 // Live tokens with first <= position < end that are not in the buffer, to `format`.
 [[nodiscard]] cudaError_t launch_recode(const BatchView& view, uint32_t root, uint32_t first,
                                         uint32_t end, Format format, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// sequence_requests.cu: what is asked of one sequence between steps: evict by position, recode a
-// range, close.
+// sequence_requests.cu: what is asked of one sequence between steps: evict by position, keep
+// the newest, recode a range, close.
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/lane_write.cuh"
@@ -51,12 +51,10 @@ template <class Wanted>
   return found;
 }
 
-__global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t root,
-                             const uint32_t* positions, uint32_t count) {
-  DeviceSequence* sequence = sequence_at(view, root);
-  const LaneView lane = lane_of_warp(view, sequence);
-  if (lane.lane == nullptr) return;
-  const uint32_t first = positions[0], last = positions[count - 1];
+// Live tokens outside the buffer with first <= position <= last that `wanted` says yes to.
+template <class Wanted>
+__device__ __forceinline__ void evict_from_lane(const LaneView& lane, uint32_t first, uint32_t last,
+                                                Wanted wanted) {
   uint32_t evicted = 0;
   const uint32_t pages = lane.lane->pages;
   for (uint32_t i = 0; i < pages; ++i) {
@@ -64,9 +62,9 @@ __global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t ro
     if (d == nullptr || d->last_position < first || d->first_position > last) continue;
     uint32_t of_prompt = 0;
     const uint64_t slots = slots_where(lane, d, [&](uint32_t position) {
-      const bool listed = is_listed(positions, count, position);
-      if (listed && position < sequence->prompt_tokens) ++of_prompt;
-      return listed;
+      const bool yes = wanted(position);
+      if (yes && position < lane.sequence->prompt_tokens) ++of_prompt;
+      return yes;
     });
     for (uint32_t x = 16; x > 0; x /= 2) of_prompt += __shfl_xor_sync(kAllLanes, of_prompt, x);
     if (slots != 0 && threadIdx.x % 32 == 0) {
@@ -78,7 +76,24 @@ __global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t ro
   __syncwarp();
   if (evicted == 0) return;
   sweep_lane(lane);
-  if (threadIdx.x % 32 == 0) add_64(&sequence->counters.evicted_slots, evicted);
+  if (threadIdx.x % 32 == 0) add_64(&lane.sequence->counters.evicted_slots, evicted);
+}
+
+__global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t root,
+                             const uint32_t* positions, uint32_t count) {
+  const LaneView lane = lane_of_warp(view, sequence_at(view, root));
+  if (lane.lane == nullptr) return;
+  evict_from_lane(lane, positions[0], positions[count - 1],
+                  [&](uint32_t position) { return is_listed(positions, count, position); });
+}
+
+__global__ void trim_kernel(const __grid_constant__ BatchView view, uint32_t root, uint32_t keep) {
+  DeviceSequence* sequence = sequence_at(view, root);
+  const LaneView lane = lane_of_warp(view, sequence);
+  if (lane.lane == nullptr || sequence->tokens <= keep) return;
+  const uint32_t first_kept = sequence->tokens - keep;
+  evict_from_lane(lane, 0, first_kept - 1,
+                  [&](uint32_t position) { return position < first_kept; });
 }
 
 // ---- recode ----
@@ -266,6 +281,10 @@ cudaError_t launch_evict(const BatchView& view, uint32_t root, const uint32_t* p
                          uint32_t count, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   return launch(evict_kernel, warp_a_lane(view), stream, view, root, positions, count);
+}
+
+cudaError_t launch_trim(const BatchView& view, uint32_t root, uint32_t keep, cudaStream_t stream) {
+  return launch(trim_kernel, warp_a_lane(view), stream, view, root, keep);
 }
 
 cudaError_t launch_recode(const BatchView& view, uint32_t root, uint32_t first, uint32_t end,

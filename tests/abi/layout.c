@@ -54,7 +54,14 @@ AT(thinkv_sequence_options, reserved, 20);
 SIZE(thinkv_batch_options, 48);
 AT(thinkv_batch_options, capacity, 4);
 AT(thinkv_batch_options, tokens_max, 8);
-AT(thinkv_batch_options, reserved, 12);
+AT(thinkv_batch_options, flags, 12);
+AT(thinkv_batch_options, reserved, 16);
+
+SIZE(thinkv_attend_options, 48);
+AT(thinkv_attend_options, window, 4);
+AT(thinkv_attend_options, sinks, 8);
+AT(thinkv_attend_options, flags, 12);
+AT(thinkv_attend_options, reserved, 16);
 
 SIZE(thinkv_sequence_stats, 208);
 AT(thinkv_sequence_stats, lanes, 4);

@@ -356,14 +356,17 @@ FAKE_EXPORT DriverResult cuPointerGetAttribute(void* value, int32_t attribute,
   constexpr int32_t kDeviceOrdinal = 9;
   const Allocation* allocation = allocation_of(address, 1);
   const Mapping* mapping = mapping_of(address, 1);
-  if (allocation == nullptr && mapping == nullptr) return kInvalid;
+  // Memory of a library that has no fake of its own (PyTorch's CPU tensors) passes for the GPU's.
+  const bool known = mapping != nullptr || allocation != nullptr;
+  const bool adopted = !known && std::getenv("THINKV_FAKE_CUDA_ADOPTS") != nullptr;
+  if (!known && !adopted) return kInvalid;
   if (attribute == kDeviceOrdinal) {
-    const int32_t device = mapping != nullptr ? mapping->device : allocation->device;
+    const int32_t device = adopted ? 0 : mapping != nullptr ? mapping->device : allocation->device;
     std::memcpy(value, &device, sizeof(device));
     return kOk;
   }
   if (attribute != kMemoryType) return kInvalid;
-  const uint32_t type = mapping != nullptr || allocation->on_device ? 2 : 1;
+  const uint32_t type = adopted || mapping != nullptr || allocation->on_device ? 2 : 1;
   std::memcpy(value, &type, sizeof(type));
   return kOk;
 }

@@ -42,6 +42,8 @@ const KernelTable kIdleKernels = {
     .prefill_end = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
     .close = [](const BatchView&, uint32_t, StreamHandle) { return 0; },
     .evict = [](const BatchView&, uint32_t, const uint32_t*, uint32_t, StreamHandle) { return 0; },
+    .trim = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
+    .copy = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
     .recode = [](const BatchView&, uint32_t, uint32_t, uint32_t, Format,
                  StreamHandle) { return 0; },
     .budget = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },

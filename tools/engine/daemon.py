@@ -28,8 +28,8 @@ def bin_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("THINKV_BIN_DIR", str(ROOT / "build" / "bin")))
 
 
-def _binary(name: str) -> str:
-    path = bin_dir() / name
+def _binary(name: str, folder: pathlib.Path | None = None) -> str:
+    path = (folder or bin_dir()) / name
     if not path.is_file():
         raise DaemonError(f"{path} is not there: build first (tools/setup)")
     return str(path)
@@ -43,6 +43,13 @@ def _port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _config_on_gpu(text: str) -> str:
+    text, count = re.subn(r"(?m)^(\s+backend:) host$", r"\1 cuda", text)
+    if count != 1:
+        raise DaemonError("the configuration names no backend host that could become cuda")
+    return text
 
 
 def _config_without_metrics(text: str, folder: pathlib.Path) -> str:
@@ -65,9 +72,12 @@ class Daemon:
     """thinkvd on a socket in a fresh private directory; `with` stops it and removes the directory.
 
     metrics False switches the Prometheus port off; True switches it off only if it is taken.
+    gpu: the folder of a build with the cuda backend, whose pool is on the first GPU.
     """
 
-    def __init__(self, metrics: bool = False, config: pathlib.Path = CONFIG) -> None:
+    def __init__(self, metrics: bool = False, config: pathlib.Path = CONFIG,
+                 gpu: pathlib.Path | None = None) -> None:
+        self._gpu = gpu
         base = os.environ.get("XDG_RUNTIME_DIR")
         if not base or not os.access(base, os.W_OK):
             base = None
@@ -111,7 +121,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """What `thinkvctl status --json` prints."""
-        command = [_binary("thinkvctl"), "--socket", str(self.socket), "status", "--json"]
+        command = [_binary("thinkvctl", self._gpu), "--socket", str(self.socket),
+                   "status", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode != 0:
             raise DaemonError(f"thinkvctl status failed: {done.stderr.strip()}")
@@ -128,18 +139,20 @@ class Daemon:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _choose_config(self, config: pathlib.Path, metrics: bool) -> pathlib.Path:
-        text = config.read_text()
+        text = config.read_text() if self._gpu is None else _config_on_gpu(config.read_text())
         port = re.search(r"(?m)^\s+port:\s*(\d+)", text)
-        if metrics and port and _port_is_free(int(port.group(1))):
+        wanted = metrics and port is not None and _port_is_free(int(port.group(1)))
+        if wanted and self._gpu is None:
             return config
-        if metrics and port:
+        if metrics and port and not wanted:
             self.notes.append(f"port {port.group(1)} is taken: this thinkvd runs without metrics")
         private = self.folder / "thinkvd.yaml"
         private.write_text(_config_without_metrics(text, config.parent.resolve()))
         return private
 
     def _start(self) -> None:
-        command = [_binary("thinkvd"), "--config", str(self._config), "--socket", str(self.socket)]
+        command = [_binary("thinkvd", self._gpu), "--config", str(self._config),
+                   "--socket", str(self.socket)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("THINKV_")}
         with open(self.log, "wb") as log:
             # A session of its own: Ctrl-C in the terminal reaches the tool, which stops the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 from typing import Any
 
@@ -70,7 +71,12 @@ class Vocabulary:
 
 
 def find_model() -> pathlib.Path:
-    """Path of the GGUF inside the installed package. Raises WeightsError when it is not there."""
+    """Path of the GGUF: THINKV_MODEL, else inside the installed package. Raises WeightsError when
+    it is not there."""
+    if named := os.environ.get("THINKV_MODEL"):
+        if pathlib.Path(named).is_file():
+            return pathlib.Path(named)
+        raise WeightsError(f"{named} (THINKV_MODEL) is not there")
     try:
         files = importlib.metadata.files(MODEL_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import report
 from .daemon import ROOT, Daemon, DaemonError, bin_dir
+from .gpu import GpuEngine, NoGpu, find_gpu
 from .prompts import ENGINES
 from .screen import Screen
 
@@ -24,10 +25,11 @@ EMPTY_S = 5.0  # how long the pool may take to take everything back
 EXIT_S = 20.0
 
 DESCRIPTION = """\
-Starts thinkvd on the host backend and two engine processes that answer their own step-by-step
-questions with SmolLM2-135M-Instruct; the KV caches of both live in the daemon's pool. At the end:
-a table of bytes, evictions and quality, one process exits, the other one is killed, and the pool
-must be empty again. The first run installs what is missing (Debian packages need root or sudo)."""
+Starts thinkvd and two engine processes that answer their own step-by-step questions with
+SmolLM2-135M-Instruct; the KV caches of both live in the daemon's pool: on the GPU where torch and
+transformers can use one (--backend), else in host memory. At the end: a table of bytes, evictions
+and quality, one process exits, the other one is killed, and the pool must be empty again. The
+first run installs what is missing (Debian packages need root or sudo)."""
 
 EPILOG = """\
 A model of this size repeats itself under greedy decoding, so tokens are drawn at the given
@@ -43,7 +45,8 @@ class QuickstartError(RuntimeError):
 class Worker:
     """An engine process and what it has reported. Ended by close() or kill(), stop() at last."""
 
-    def __init__(self, name: str, seed: int, socket: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, seed: int, socket: str, options: argparse.Namespace,
+                 gpu: GpuEngine | None) -> None:
         self.name = name
         self.result: dict[str, Any] | None = None
         self.stats: dict[str, Any] = {}
@@ -51,16 +54,19 @@ class Worker:
         self.closed = False
         self._pending = b""
         command = [
-            sys.executable, "-m", "engine.worker", "--name", name, "--socket", socket,
+            gpu.python if gpu else sys.executable, "-m", "engine.worker",
+            "--name", name, "--socket", socket,
             "--policy", options.policy, "--tokens", str(options.tokens), "--seed", str(seed),
             "--temperature", str(options.temperature),
         ]
         if options.budget is not None:
             command += ["--budget", str(options.budget)]
+        if gpu:
+            command += ["--gpu"]
         # One thread each for the matrix products: two processes share the machine, and a product
         # of this size gains nothing from threads that fight over the same cores.
         environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
-                           PYTHONUNBUFFERED="1")
+                           PYTHONUNBUFFERED="1", **(gpu.environment() if gpu else {}))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment, cwd=ROOT, start_new_session=True,
@@ -155,7 +161,7 @@ def wait_until_empty(daemon: Daemon) -> tuple[int, float]:
         time.sleep(0.02)
 
 
-def run(options: argparse.Namespace, daemon: Daemon) -> int:
+def run(options: argparse.Namespace, daemon: Daemon, gpu: GpuEngine | None) -> int:
     screen = Screen(list(ENGINES))
     for note in daemon.notes:
         screen.say(f"[thinkvd] {note}")
@@ -163,7 +169,7 @@ def run(options: argparse.Namespace, daemon: Daemon) -> int:
     workers: list[Worker] = []
     try:
         for seed, name in enumerate(ENGINES, start=1):
-            workers.append(Worker(name, seed, str(daemon.socket), options))
+            workers.append(Worker(name, seed, str(daemon.socket), options, gpu))
         follow(workers, screen, options.tokens)
         both = daemon.status()["pool"]
         screen.say(f"[thinkvd] both engines hold {report.mib(both['bytes_used'])} of the pool")
@@ -193,6 +199,18 @@ def finish(
         return 1
     print(f"The pool is empty again ({1000 * waited:.0f} ms after the kill).")
     return 0
+
+
+def choose_gpu(backend: str) -> GpuEngine | None:
+    """None: the host. Raises QuickstartError where cuda was asked for and cannot be."""
+    if backend == "host":
+        return None
+    try:
+        return find_gpu()
+    except NoGpu as error:
+        if backend == "cuda":
+            raise QuickstartError(str(error)) from error
+        return None
 
 
 def positive(text: str) -> int:
@@ -234,6 +252,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         "(default 256: small, so that evictions show)")
     parser.add_argument("--temperature", type=temperature, default=0.7, metavar="T",
                         help="0 is greedy (default 0.7)")
+    parser.add_argument("--backend", choices=("auto", "host", "cuda"), default="auto",
+                        help="where the pool and the model are; auto: the GPU where there is one, "
+                        "with torch, transformers and a build of the preset cuda (default)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE",
                         help="also write every number and both texts to FILE")
     parser.add_argument("--keep-running", action="store_true",
@@ -249,8 +270,9 @@ def main(arguments: list[str]) -> int:
     # A terminated quickstart stops its workers and its daemon, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Daemon(metrics=True) as daemon:
-            status = run(options, daemon)
+        gpu = choose_gpu(options.backend)
+        with Daemon(metrics=True, gpu=gpu.bin_dir if gpu else None) as daemon:
+            status = run(options, daemon, gpu)
             if options.keep_running:
                 daemon.keep()
                 print(f"thinkvd keeps running: process {daemon.pid}, log {daemon.log}")

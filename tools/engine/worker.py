@@ -15,7 +15,7 @@ from typing import Any
 
 import thinkv
 
-from .caches import PoolCache, pool_model
+from .caches import Cache, PoolCache, pool_model
 from .generate import Generation, generate
 from .gguf_weights import ModelFile, WeightsError, find_model
 from .model import Model
@@ -68,20 +68,33 @@ def result_of(name: str, run: Generation, stats: dict[str, Any], text: str) -> d
     }
 
 
+def gpu_model(file: ModelFile) -> Any:
+    from .torch_model import TorchModel  # torch is there on the GPU's side only
+
+    return TorchModel(file)
+
+
+def open_cache(client: thinkv.Client, model: Any, options: argparse.Namespace) -> Cache:
+    if options.gpu:
+        from .torch_model import TorchCache
+
+        return TorchCache(model, client, options.policy, options.budget)
+    sequence = {"policy": options.policy, "budget": options.budget, "name": options.name}
+    return PoolCache(pool_model(client, model.config), sequence)
+
+
 def run(options: argparse.Namespace) -> None:
     report("phase", phase="loading the model")
     file = ModelFile(find_model())
     tokenizer = Tokenizer(file.vocabulary())
-    model = Model(file.weights())
+    model: Any = Model(file.weights()) if not options.gpu else gpu_model(file)
     prompt = tokenizer.chat(ENGINES[options.name])
     sampling = SamplingOptions(temperature=options.temperature, seed=options.seed)
     # Without the control tokens a finished answer goes on, so every process reaches its count.
     sampler = Sampler(sampling, banned=tokenizer.control_ids)
 
     with thinkv.Client(socket=options.socket, name=options.name) as client:
-        pool = pool_model(client, model.config)
-        sequence = {"policy": options.policy, "budget": options.budget, "name": options.name}
-        with PoolCache(pool, sequence) as cache:
+        with open_cache(client, model, options) as cache:
             report("phase", phase="generating", prompt_tokens=len(prompt))
             reporter = Reporter(tokenizer)
             done = generate(model, cache, prompt, sampler, options.tokens, reporter.token, True)
@@ -109,6 +122,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--gpu", action="store_true", help="torch and transformers on the GPU")
     try:
         run(parser.parse_args())
     except (thinkv.Error, WeightsError, ValueError) as error:

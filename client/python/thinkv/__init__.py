@@ -6,12 +6,13 @@
 
 Arrays go in as numpy arrays or anything with ``__dlpack__`` in host memory; they come out as numpy
 arrays where numpy is installed, else as ``memoryview``. With a daemon whose pool is on a GPU,
-sequences decode in the rows of a ``model.batch(...)``, on GPU tensors, on the current stream. The
-package needs nothing but libthinkv.
+sequences decode in the rows of a ``model.batch(...)``, on GPU tensors, on the current stream.
+``thinkv.transformers`` puts Hugging Face models on it, ``thinkv.Step`` their whole decode step in
+one CUDA graph; all else needs nothing but libthinkv.
 """
 
 from ._batch import Batch
-from ._client import Client, Model, Sequence, Step, library_version
+from ._client import Client, HostStep, Model, Sequence, library_version
 from ._errors import (
     DeviceFailedError,
     Error,
@@ -26,6 +27,7 @@ from ._errors import (
     UnsupportedError,
     VersionMismatchError,
 )
+from ._step import Step
 from ._version import __version__
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DeviceFailedError",
     "Error",
     "ExhaustedError",
+    "HostStep",
     "InternalError",
     "InvalidArgumentError",
     "Model",

@@ -8,6 +8,7 @@ strides so that the caller can fix the call.
 from __future__ import annotations
 
 import ctypes
+import sys
 from ctypes import POINTER, Structure, c_int32, c_int64, c_uint8, c_uint16, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +115,43 @@ def _from_dlpack(name: str, array: Any, expected: Seq[int | None]) -> Input:
     return _from_capsule(name, array, array.__dlpack__(), expected)
 
 
+_torch_types: dict[Any, int] = {}
+
+
+def lies_on_gpu(tensor: Any) -> bool:
+    """Whether a PyTorch tensor does. Tests without a GPU replace it."""
+    return bool(tensor.is_cuda)
+
+
+# DLPack costs ten times as much as this, for each of the hundred tensors of a step.
+def _from_torch(name: str, tensor: Any, expected: Seq[int | None]) -> Input:
+    if not lies_on_gpu(tensor):
+        raise TypeError(
+            f"{name}: lies on device {tensor.device}, expected memory of the pool's GPU"
+        )
+    if not _torch_types:
+        torch = sys.modules["torch"]
+        _torch_types.update(
+            {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+        )
+    dtype = _torch_types.get(tensor.dtype)
+    if dtype is None:
+        raise TypeError(
+            f"{name}: data type is {tensor.dtype}, expected float32, float16 or bfloat16"
+        )
+    shape = tuple(tensor.shape)
+    _check_shape(name, shape, expected)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: not contiguous (shape {shape}); call contiguous() on it")
+    return Input(_tensor(tensor.data_ptr(), dtype, shape), tensor)
+
+
 def as_device(name: str, array: Any, expected: Seq[int | None]) -> Input:
     """Checks a tensor in GPU memory of `expected` shape (None: any), to be used in place by work
     on its own stream. Raises TypeError or ValueError."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _from_torch(name, array, expected)
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
         kind = type(array).__name__
         raise TypeError(f"{name}: {kind} is not a GPU tensor; expected one with __dlpack__")

@@ -72,17 +72,47 @@ class Batch(Handle):
         keys, values = as_device("k", k, shape), as_device("v", v, shape)
         call("thinkv_batch_append", self._handle, layer, byref(keys.tensor), byref(values.tensor))
 
-    def attend(self, layer: int, q: Any, out: Any = None, lse: Any = None) -> Any:
+    def unreserve(self) -> None:
+        """Takes the newest reserve() back, whose steps will not run."""
+        call("thinkv_batch_unreserve", self._handle)
+
+    def attend(
+        self,
+        layer: int,
+        q: Any,
+        out: Any = None,
+        lse: Any = None,
+        *,
+        window: int = 0,
+        sinks: int = 0,
+        silent: bool = False,
+        measure_only: bool = False,
+    ) -> Any:
         """q, out: [capacity, q_heads, head_dim]; lse: None or float32 [capacity, q_heads], the
-        natural log-sum-exp. Result: out; where it is None, a new PyTorch tensor like q."""
+        natural log-sum-exp. Result: out; where it is None, a new PyTorch tensor like q.
+
+        window: only the newest tokens, this step's included, and the first `sinks` ones; 0: all.
+        silent: the policy does not see this query. measure_only: it is asked for the policy's
+        sake alone, and out is written only in layers that the policy measures."""
         shape = (self.capacity, self.model.q_heads, self.model.head_dim)
         query = as_device("q", q, shape)
         if out is None:
             out = sys.modules["torch"].empty_like(q)
         target = as_device("out", out, shape)
         sums = None if lse is None else byref(as_device("lse", lse, shape[:2]).tensor)
-        call("thinkv_batch_attend", self._handle, layer, byref(query.tensor),
-             byref(target.tensor), sums)
+        if window == 0 and not silent and not measure_only:
+            call("thinkv_batch_attend", self._handle, layer, byref(query.tensor),
+                 byref(target.tensor), sums)
+            return out
+        options = c.AttendOptions(
+            struct_size=ctypes.sizeof(c.AttendOptions),
+            window=window,
+            sinks=sinks,
+            flags=(c.ATTEND_SILENT if silent else 0)
+            | (c.ATTEND_MEASURE_ONLY if measure_only else 0),
+        )
+        call("thinkv_batch_attend_with", self._handle, layer, byref(options),
+             byref(query.tensor), byref(target.tensor), sums)
         return out
 
     def end(self) -> None:
@@ -98,9 +128,12 @@ class Batch(Handle):
         self.end()
 
 
-def open_batch(model: Model, capacity: int, tokens_max: int) -> Batch:
+def open_batch(model: Model, capacity: int, tokens_max: int, grows: bool) -> Batch:
     options = c.BatchOptions(
-        struct_size=ctypes.sizeof(c.BatchOptions), capacity=capacity, tokens_max=tokens_max
+        struct_size=ctypes.sizeof(c.BatchOptions),
+        capacity=capacity,
+        tokens_max=tokens_max,
+        flags=c.BATCH_GROWS if grows else 0,
     )
     handle = ctypes.c_void_p()
     model.use_current_stream()

@@ -1,4 +1,4 @@
-"""Client, Model, Sequence, Step: thinkv.h as context managers."""
+"""Client, Model, Sequence, HostStep: thinkv.h as context managers."""
 
 from __future__ import annotations
 
@@ -155,11 +155,12 @@ class Model(Handle):
         if self.on_gpu and (stream := current_stream()) != self._stream:
             self.set_stream(stream)
 
-    def batch(self, capacity: int, tokens_max: int = 0) -> Batch:
+    def batch(self, capacity: int, tokens_max: int = 0, *, grows: bool = False) -> Batch:
         """cuda backend: rows for `capacity` sequences. tokens_max: live tokens a lane that working
         memory is sized for, on average over the rows, in 4-bit pages (16-bit pages hold a
-        quarter); 0: 8192."""
-        return open_batch(self, capacity, tokens_max)
+        quarter); 0: 8192. grows: a reserve() that needs more makes it larger; for batches whose
+        steps are in no CUDA graph."""
+        return open_batch(self, capacity, tokens_max, grows)
 
     def sequence(
         self,
@@ -182,14 +183,14 @@ class Model(Handle):
         call("thinkv_sequence_open", self._handle, byref(options), byref(handle))
         return Sequence(handle.value or 0, self, policy, name)
 
-    def step(self, sequences: Iterable[Sequence]) -> Step:
+    def step(self, sequences: Iterable[Sequence]) -> HostStep:
         """One decode step: `with model.step([a, b]) as step`. Leaving the block ends the step;
         leaving it by an exception takes it back."""
         batch = list(sequences)
         handles = (c_void_p * max(1, len(batch)))(*[sequence._handle for sequence in batch])
         handle = c_void_p()
         call("thinkv_step_begin", self._handle, handles, len(batch), byref(handle))
-        return Step(handle.value or 0, self, batch)
+        return HostStep(handle.value or 0, self, batch)
 
 
 def _budget(budget: int | None) -> int:
@@ -232,6 +233,20 @@ class Sequence(Handle):
         evicted = c_uint64()
         call("thinkv_sequence_evict", self._handle, array, len(chosen), byref(evicted))
         return evicted.value
+
+    def trim(self, keep: int) -> None:
+        """cuda backend: evicts all but the newest `keep` tokens, as a sliding window allows,
+        without waiting for the GPU. Up to 16 more may stay."""
+        self.model.use_current_stream()
+        call("thinkv_sequence_trim", self._handle, keep)
+
+    def copy(self, name: str = "") -> Sequence:
+        """cuda backend: a sequence of its own that goes on from where this one is. Waits for the
+        GPU. Raises ExhaustedError or QuotaExceededError."""
+        handle = c_void_p()
+        self.model.use_current_stream()
+        call("thinkv_sequence_copy", self._handle, byref(handle))
+        return Sequence(handle.value or 0, self.model, self.policy, name)
 
     def quantize(self, first: int, last: int, format: str) -> int:
         """Recodes the live tokens first..last (inclusive); result: slots recoded."""
@@ -284,8 +299,8 @@ class Sequence(Handle):
         }
 
 
-class Step(Handle):
-    """One token of each sequence of a batch. Made by Model.step()."""
+class HostStep(Handle):
+    """One token of each sequence, on the host backend. Made by Model.step()."""
 
     _what = "step"
 

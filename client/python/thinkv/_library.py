@@ -18,6 +18,8 @@ from ._errors import error_of
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 BUDGET_OF_POLICY, BUDGET_NONE = 0, 0xFFFFFFFF
 TRACE_SPARSITY = 1
+BATCH_GROWS = 1
+ATTEND_SILENT, ATTEND_MEASURE_ONLY = 1, 2
 
 
 class ErrorStruct(Structure):
@@ -99,7 +101,18 @@ class BatchOptions(Structure):
         ("struct_size", c_uint32),
         ("capacity", c_uint32),
         ("tokens_max", c_uint32),
-        ("reserved", c_uint32 * 9),
+        ("flags", c_uint32),
+        ("reserved", c_uint32 * 8),
+    ]
+
+
+class AttendOptions(Structure):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("window", c_uint32),
+        ("sinks", c_uint32),
+        ("flags", c_uint32),
+        ("reserved", c_uint32 * 8),
     ]
 
 
@@ -171,7 +184,14 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "thinkv_batch_begin": (c_int32, [_HANDLE, _E]),
     "thinkv_batch_append": (c_int32, [_HANDLE, c_uint32, _T, _T, _E]),
     "thinkv_batch_attend": (c_int32, [_HANDLE, c_uint32, _T, _T, _T, _E]),
+    "thinkv_batch_attend_with": (
+        c_int32,
+        [_HANDLE, c_uint32, POINTER(AttendOptions), _T, _T, _T, _E],
+    ),
     "thinkv_batch_end": (c_int32, [_HANDLE, _E]),
+    "thinkv_batch_unreserve": (c_int32, [_HANDLE, _E]),
+    "thinkv_sequence_trim": (c_int32, [_HANDLE, c_uint32, _E]),
+    "thinkv_sequence_copy": (c_int32, [_HANDLE, _OUT, _E]),
     "thinkv_version": (c_char_p, []),
     "thinkv_status_name": (c_char_p, [c_int32]),
 }

@@ -1,4 +1,4 @@
-"""python -m tools.bench.gpu kernels|serve ...: started by tools/bench/bench."""
+"""python -m tools.bench.gpu kernels|serve|transformers ...: started by tools/bench/bench."""
 
 import sys
 
@@ -10,6 +10,10 @@ def main(command: list[str]) -> int:
         from . import serve
 
         return serve.main(command)
+    if command[:1] == ["transformers"]:
+        from . import transformers_bench
+
+        return transformers_bench.main(command)
     return kernels.main(command)
 
 

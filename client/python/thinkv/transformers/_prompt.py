@@ -1,0 +1,88 @@
+"""A prompt on its way into the pool: row by row, layer by layer, each written once."""
+
+from __future__ import annotations
+
+import torch
+
+from .._client import Sequence
+from ._pool import PoolModels
+
+
+class Prompt:
+    """The sequences of one prompt pass. With `held` nothing is written before write_held(): until
+    then tokens can be taken back."""
+
+    def __init__(self, pool: PoolModels, batch: int, tokens: int, held: bool) -> None:
+        self.pool = pool
+        self.tokens = tokens  # of the longest row, padding included
+        self.padding: list[int] | None = None  # before each row; known with the first layer's mask
+        self.sequences = [
+            [pool.open(i) for _ in range(batch)] for i in range(len(pool.plan.groups))
+        ]
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if held else None
+
+    def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key, value: [batch, kv_heads, tokens, head_dim]."""
+        if self._held is not None:
+            self._held[layer] = (key, value)
+        else:
+            self._write(layer, key, value)
+
+    def crop(self, tokens: int) -> bool:
+        """Takes the last tokens back, where nothing was written. Result: whether it could."""
+        if self._held is None or tokens >= self.tokens:
+            return False
+        self.tokens -= tokens
+        for layer, (key, value) in self._held.items():
+            self._held[layer] = (key[:, :, : self.tokens], value[:, :, : self.tokens])
+        return True
+
+    def end(self) -> None:
+        """After the last layer."""
+        if self._held is None:
+            self._end()
+
+    def write_held(self) -> None:
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        for layer, (key, value) in held.items():
+            self._write(layer, key, value)
+        self._end()
+
+    def close(self) -> None:
+        for group in self.sequences:
+            for sequence in group:
+                sequence.close()
+
+    def _row_tokens(self, row: int) -> int:
+        return self.tokens - (self.padding[row] if self.padding is not None else 0)
+
+    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        group = self.pool.plan.group_of(layer)
+        i = self.pool.plan.groups.index(group)
+        for row, sequence in enumerate(self.sequences[i]):
+            # Of a sliding layer only what the next token can see.
+            tokens = self._row_tokens(row)
+            if group.shape.window:
+                tokens = min(tokens, group.shape.window)
+            if tokens > 0:
+                sequence.prefill(group.index(layer), _rows_of(key, row, tokens),
+                                 _rows_of(value, row, tokens))
+
+    def _end(self) -> None:
+        for group in self.sequences:
+            for row, sequence in enumerate(group):
+                if self._row_tokens(row) > 0:
+                    sequence.prefill_end()
+
+    def move(self) -> list[list[Sequence | None]]:
+        """The sequences, by group and row, for whoever decodes them."""
+        moved: list[list[Sequence | None]] = [list(group) for group in self.sequences]
+        self.sequences = []
+        return moved
+
+
+def _rows_of(tensor: torch.Tensor, row: int, tokens: int) -> torch.Tensor:
+    """The last tokens of a row as [tokens, kv_heads, head_dim]."""
+    return tensor[row, :, tensor.shape[2] - tokens :].transpose(0, 1).contiguous()

@@ -1,0 +1,112 @@
+// sequence_copy.cu: a copy of a sequence that shares nothing with it: what beams that part and
+// samples of one prompt go on from.
+//
+// The copy's pages hold the same bytes as the source's, except for the page ids in them. Three
+// launches: the pages that lead to the lanes, a block a lane, and the magic last, so that nothing
+// follows a copy that is not whole.
+#include "kernels/cuda/lane.cuh"
+
+namespace thinkv::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 128;
+
+// Whole block.
+__device__ void copy_page(const BatchView& view, const unsigned char* from, unsigned char* to) {
+  const uint32_t words = page_bytes(view.geometry.head_dim) / static_cast<uint32_t>(sizeof(uint4));
+  for (uint32_t w = threadIdx.x; w < words; w += blockDim.x) {
+    reinterpret_cast<uint4*>(to)[w] = reinterpret_cast<const uint4*>(from)[w];
+  }
+}
+
+// A new page with the bytes of page `raw`. Whole block; every thread gets the id, kNoneRaw where
+// there was no page. `id` is shared memory.
+__device__ uint32_t clone_page(const BatchView& view, uint32_t raw, uint32_t* id) {
+  __syncthreads();  // everybody has read the id of the last page
+  if (threadIdx.x == 0) *id = take_page(view.lease);
+  __syncthreads();
+  const uint32_t made = *id;
+  if (made == PageId::kNoneRaw) return made;
+  const unsigned char* from = page_at(view, raw);
+  unsigned char* to = page_at(view, made);
+  if (from != nullptr && to != nullptr) copy_page(view, from, to);
+  return made;
+}
+
+// One block: everything but the lanes. The new root has no magic yet.
+__global__ void copy_root_kernel(const __grid_constant__ BatchView view, uint32_t from,
+                                 uint32_t root) {
+  __shared__ uint32_t id;
+  DeviceSequence* source = sequence_at(view, from);
+  auto* page = page_at(view, root);
+  if (page == nullptr) return;
+  auto* sequence = reinterpret_cast<DeviceSequence*>(page);
+  if (source == nullptr) {
+    if (threadIdx.x == 0) sequence->magic = 0;
+    return;
+  }
+  copy_page(view, reinterpret_cast<const unsigned char*>(source), page);
+  __syncthreads();
+  if (threadIdx.x == 0) sequence->magic = 0;
+  for (uint32_t i = 0; i < source->segment_pages; ++i) {
+    const uint32_t made = clone_page(view, source->segment_page[i], &id);
+    if (threadIdx.x == 0) sequence->segment_page[i] = made;
+  }
+  const uint32_t work = clone_page(view, source->work_page, &id);
+  if (threadIdx.x == 0) sequence->work_page = work;
+  const uint32_t lane_pages = min(source->lane_pages, lane_pages_max(view.geometry.head_dim));
+  for (uint32_t i = 0; i < lane_pages; ++i) {
+    const uint32_t made = clone_page(view, lane_page_ids(source)[i], &id);
+    if (threadIdx.x == 0) lane_page_ids(sequence)[i] = made;
+  }
+}
+
+// Lane blockIdx.x of the copy, whose DeviceLane still names the pages of the source's.
+__global__ void __launch_bounds__(kThreads)
+    copy_lanes_kernel(const __grid_constant__ BatchView view, uint32_t from, uint32_t root) {
+  __shared__ uint32_t id;
+  DeviceSequence* source = sequence_at(view, from);
+  auto* sequence = reinterpret_cast<DeviceSequence*>(page_at(view, root));
+  if (source == nullptr || sequence == nullptr) return;
+  const LaneView old_lane = lane_view(view, source, blockIdx.x);
+  const LaneView lane = lane_view(view, sequence, blockIdx.x);
+  if (old_lane.lane == nullptr || lane.lane == nullptr) return;
+  for (uint32_t i = 0; i < old_lane.lane->table_pages; ++i) {
+    const uint32_t made = clone_page(view, old_lane.lane->table[i], &id);
+    if (threadIdx.x == 0) lane.lane->table[i] = made;
+  }
+  for (uint32_t i = 0; i < 2; ++i) {
+    const uint32_t made = clone_page(view, old_lane.lane->buffer_page[i], &id);
+    if (threadIdx.x == 0) lane.lane->buffer_page[i] = made;
+  }
+  __syncthreads();
+  for (uint32_t i = 0; i < old_lane.lane->pages; ++i) {
+    const DeviceDescriptor* old = descriptor_at(old_lane, i);
+    DeviceDescriptor* d = descriptor_at(lane, i);
+    if (old == nullptr || d == nullptr) continue;
+    const uint32_t made = clone_page(view, old->page, &id);
+    if (threadIdx.x == 0) d->page = made;
+  }
+}
+
+__global__ void copy_end_kernel(const __grid_constant__ BatchView view, uint32_t from,
+                                uint32_t root) {
+  auto* sequence = reinterpret_cast<DeviceSequence*>(page_at(view, root));
+  if (sequence == nullptr || sequence_at(view, from) == nullptr) return;
+  sequence->magic = kDeviceSequenceMagic;
+  add_64(&view.lease->used_total, 1);  // the root: the close gives it to the lease
+}
+
+}  // namespace
+
+cudaError_t launch_copy(const BatchView& view, uint32_t from, uint32_t root, cudaStream_t stream) {
+  cudaError_t error =
+      launch(copy_root_kernel, {.blocks = 1, .threads = kThreads}, stream, view, from, root);
+  if (error != cudaSuccess) return error;
+  error = launch(copy_lanes_kernel, {.blocks = view.geometry.lanes(), .threads = kThreads}, stream,
+                 view, from, root);
+  if (error != cudaSuccess) return error;
+  return launch(copy_end_kernel, {.blocks = 1, .threads = 1}, stream, view, from, root);
+}
+
+}  // namespace thinkv::cuda
