@@ -1,7 +1,8 @@
 """bench kernels --resources: what the compiler made of each of our kernels, for one architecture.
 
-What spills is in local memory: a stack, LDL and STL among the opcodes. Shared bytes are the static ones; what a launch asks for besides is not in the binary. Instruction
-counts are of the code as it stands, so unrolled tiles count as often as they are written.
+What spills is in local memory: a stack, LDL and STL among the opcodes. Shared bytes are the static
+ones; what a launch asks for besides is not in the binary. Instruction counts are of the code as it
+stands, so unrolled tiles count as often as they are written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import library
 
 OPCODES = ("HMMA", "LDS", "LDSM", "LOP3", "SHF", "PRMT", "IMAD", "IADD3", "HFMA2", "HMUL2", "FMUL",
            "FFMA", "FADD", "MUFU", "F2F", "SHFL", "MOVM", "LDG", "STG", "LDL", "STL", "SYNCS",
-           "UBLKCP", "BAR")
+           "UBLKCP", "LDGSTS", "BAR")
 FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+)\s*:?\s*$")
 USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
