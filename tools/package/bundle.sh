@@ -2,6 +2,7 @@
 # Makes a relocatable tree of what a machine needs to run ThinKV: any distribution with
 # glibc >= 2.36 and the same processor family.
 #   bundle.sh [--build BUILD] [FOLDER]      FOLDER: build/bundle by default
+# It serves the GPUs of the build; all: -DTHINKV_CUDA_ARCHITECTURES='80-real;90-real;100'.
 # FOLDER/thinkv-VERSION/ then holds bin/ lib/ include/ python/ config/. Every library outside glibc
 # lies in lib/; the programs find it through DT_RPATH $ORIGIN/../lib, which their libraries inherit.
 set -euo pipefail
