@@ -5,8 +5,8 @@
 
 namespace thinkv::cuda {
 
-inline constexpr uint32_t kMedoidRowsHeld = 800;       // tokens of one selection
-inline constexpr uint32_t kMedoidCentresTogether = 32;  // whose distances streamed keys meet at once
+inline constexpr uint32_t kMedoidRowsHeld = 800;        // tokens of one selection
+inline constexpr uint32_t kMedoidCentresTogether = 32;  // that streamed keys meet at once
 
 // Shared memory for keys and centres in code of architecture `code`: a block of sm_80 has 163 KiB,
 // later ones 227.

@@ -28,8 +28,8 @@ std::vector<uint8_t> gpu_keep(const std::vector<float>& keys, const std::vector<
                               uint32_t n, uint32_t dim, uint32_t target, uint32_t width) {
   const DeviceArray<float> k(keys), w(weights.empty() ? std::vector<float>{1.0f} : weights);
   const DeviceArray<uint8_t> keep(n);
-  const testing::MedoidCase c{k.data,   weights.empty() ? nullptr : w.data, n, dim, target, 4,
-                              keep.data, width};
+  const testing::MedoidCase c{
+      k.data, weights.empty() ? nullptr : w.data, n, dim, target, 4, keep.data, width};
   const cuda::LaunchSize size{1, cuda::kMedoidThreads, testing::medoid_case_bytes(c)};
   CUDA_OK(cuda::launch(testing::medoids_kernel, size, nullptr, c));
   CUDA_OK(cudaDeviceSynchronize());

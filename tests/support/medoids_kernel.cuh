@@ -72,11 +72,9 @@ static __global__ void __launch_bounds__(cuda::kMedoidThreads, 1)
     cuda::select_medoids(m);
   } else {
     __syncthreads();
-    cuda::stream_medoids({.m = m,
-                          .tiles = medoid_stride(c.dim) / stride,
-                          .clusters = clusters,
-                          .made_in = made_in},
-                         [&](uint32_t tile) { load_dims(c, m, tile * stride); });
+    cuda::stream_medoids(
+        {.m = m, .tiles = medoid_stride(c.dim) / stride, .clusters = clusters, .made_in = made_in},
+        [&](uint32_t tile) { load_dims(c, m, tile * stride); });
   }
   for (uint32_t i = threadIdx.x; i < c.n; i += blockDim.x) c.keep[i] = keep[i];
 }

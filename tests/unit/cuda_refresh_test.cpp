@@ -127,8 +127,8 @@ TEST(CudaRefreshShapes, ThePapersPolicyIsSupportedForEveryModel) {
   p.grain = SelectGrain::kLayer;
   for (const uint32_t head_dim : {64u, 128u, 256u}) {
     for (const uint32_t heads : {1u, 8u, 64u}) {
-      const ModelGeometry g = testing::geometry_of(
-          {.layers = 2, .kv_heads = heads, .group = 1, .head_dim = head_dim});
+      const ModelGeometry g =
+          testing::geometry_of({.layers = 2, .kv_heads = heads, .group = 1, .head_dim = head_dim});
       EXPECT_TRUE(supported(g, p).has_value()) << heads << " x " << head_dim;
     }
   }
