@@ -110,7 +110,7 @@ class Graphs(OnTheGpu, cases.TransformersCase):
         launched = time.monotonic() - started
         torch.cuda.synchronize()
         waited = time.monotonic() - started
-        print(f"    launched in {1e6 * launched:.0f} us, the GPU was busy for {1e3 * waited:.0f} ms")
+        print(f"    launched in {1e6 * launched:.0f} us on a GPU busy for {1e3 * waited:.0f} ms")
         self.assertLess(launched, 0.25 * waited)
 
 
