@@ -10,7 +10,6 @@ by THINKV_MODEL. The exit status is the number of failures; 77: nothing can run 
 """
 
 import math
-import os
 import signal
 import subprocess
 import sys

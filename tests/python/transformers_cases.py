@@ -312,6 +312,27 @@ class Refusals(TransformersCase):
         cache.reset()
         model(input_ids=ids, past_key_values=cache)
 
+    def test_groups_of_layers_get_their_pages_together_or_not_at_all(self):
+        model = self.model("gpt_oss")
+        cache = self.cache(model)
+        ids = torch.ones(2, 14, dtype=torch.int64, device=self.device)
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        first, second = cache._rows.batches
+
+        def refuse():
+            raise thinkv.ExhaustedError("no room in the second group")
+
+        second.reserve = refuse
+        with self.assertRaisesRegex(thinkv.ExhaustedError, "second group"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        del second.reserve
+        # Nothing is left reserved in the first group.
+        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "not run"):
+            first.unreserve()
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        self.assertEqual(cache.stats()[0]["tokens"], 16)
+
     def test_a_full_pool_stops_the_pass_and_nothing_else(self):
         model = self.model("gpt_oss")  # two groups of layers: both or none
         cache = self.cache(model)
