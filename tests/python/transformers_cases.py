@@ -148,10 +148,12 @@ class Generate(TransformersCase):
             self.compare(family, num_beams=3)
 
     def test_speculative_tokens_are_rolled_back(self):
+        # Late 4.x cannot crop its own sliding caches, so there is nothing to compare with.
+        families = self.families if transformers.__version__ >= "5" else self.families[:1]
         other = self.model("llama", seed=5)
         self.compare("llama", batch=1, assistant_model=other)
-        for family in self.families:
-            self.compare(family, batch=1, prompt_lookup_num_tokens=4)
+        for family in families:
+            self.compare(family, batch=1, prompt_lookup_num_tokens=4, eos_token_id=1)
 
     def test_several_answers_to_one_prompt(self):
         self.compare("llama", batch=2, do_sample=True, num_return_sequences=3)
