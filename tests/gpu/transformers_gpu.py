@@ -72,6 +72,10 @@ class GpuRefusals(OnTheGpu, cases.Refusals):
     pool = cases.Refusals.pool
 
 
+class GpuShortPools(OnTheGpu, cases.ShortPools):
+    pool = cases.ShortPools.pool
+
+
 class GpuEngines(OnTheGpu, cases.Engines):
     graph = True
 
