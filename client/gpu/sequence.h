@@ -40,7 +40,7 @@ class GpuSequence {
   // Results count slots over all lanes; both wait for the stream.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
-  // Evicts all but the newest `keep` tokens (and those in the buffer), without waiting.
+  // Evicts all but the newest `keep` tokens, and at least 16, without waiting.
   [[nodiscard]] Status trim(uint32_t keep);
   [[nodiscard]] Status set_budget(uint32_t budget_tokens);
   // Waits for the stream.

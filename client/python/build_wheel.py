@@ -37,8 +37,8 @@ def tag() -> str:
 
 def contents(library: Path) -> dict[str, bytes]:
     files = {
-        f"thinkv/{path.name}": path.read_bytes()
-        for path in sorted(PACKAGE.iterdir())
+        f"thinkv/{path.relative_to(PACKAGE)}": path.read_bytes()
+        for path in sorted(PACKAGE.rglob("*"))
         if path.suffix in (".py", ".pyi") or path.name == "py.typed"
     }
     files["thinkv/libthinkv.so"] = library.read_bytes()

@@ -357,9 +357,9 @@ THINKV_API thinkv_status thinkv_batch_attend_with(thinkv_batch* batch, uint32_t 
                                                   const thinkv_tensor* q, const thinkv_output* out,
                                                   const thinkv_output* lse, thinkv_error* error);
 
-/* cuda backend: evicts all tokens of a sequence but the newest `keep` (and those that are still in
- * its 16-token buffer), without waiting for the stream: what a sliding window needs, from time to
- * time. Errors: UNSUPPORTED on the host backend, INVALID_ARGUMENT (keep 0). */
+/* cuda backend: evicts all tokens of a sequence but the newest `keep`, and at least 16, without
+ * waiting for the stream: what a sliding window needs, from time to time. Errors: UNSUPPORTED on
+ * the host backend, INVALID_ARGUMENT (keep 0). */
 THINKV_API thinkv_status thinkv_sequence_trim(thinkv_sequence* sequence, uint32_t keep,
                                               thinkv_error* error);
 /* cuda backend: a sequence of its own that goes on from where this one is (beams, several samples

@@ -115,6 +115,16 @@ class Sequence {
         handle_.get(), positions.data(), positions.size(), &count, &detail::last_error)));
     return count;
   }
+  // On the cuda backend, without waiting: all but the newest `keep` tokens are evicted.
+  [[nodiscard]] Status trim(uint32_t keep) {
+    return detail::status_of(thinkv_sequence_trim(handle_.get(), keep, &detail::last_error));
+  }
+  // On the cuda backend: a sequence of its own that goes on from where this one is.
+  [[nodiscard]] Result<Sequence> copy() {
+    thinkv_sequence* made = nullptr;
+    THINKV_TRY(detail::status_of(thinkv_sequence_copy(handle_.get(), &made, &detail::last_error)));
+    return Sequence(made);
+  }
   // Result: slots recoded.
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, const char* format) {
     uint64_t count = 0;
@@ -162,6 +172,15 @@ class Batch {
                               const thinkv_output* lse = nullptr) {
     return detail::status_of(
         thinkv_batch_attend(handle_.get(), layer, &q, &out, lse, &detail::last_error));
+  }
+  [[nodiscard]] Status attend(uint32_t layer, const thinkv_attend_options& options,
+                              const thinkv_tensor& q, const thinkv_output& out,
+                              const thinkv_output* lse = nullptr) {
+    return detail::status_of(thinkv_batch_attend_with(handle_.get(), layer, &options, &q, &out, lse,
+                                                      &detail::last_error));
+  }
+  [[nodiscard]] Status unreserve() {
+    return detail::status_of(thinkv_batch_unreserve(handle_.get(), &detail::last_error));
   }
   [[nodiscard]] Status end() {
     return detail::status_of(thinkv_batch_end(handle_.get(), &detail::last_error));

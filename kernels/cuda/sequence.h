@@ -135,7 +135,7 @@ struct BatchView {
 [[nodiscard]] cudaError_t launch_evict(const BatchView& view, uint32_t root,
                                        const uint32_t* positions, uint32_t count,
                                        cudaStream_t stream);
-// All tokens but the newest `keep`, as far as they are not in the buffer.
+// All tokens but the newest `keep`, and at least 16.
 [[nodiscard]] cudaError_t launch_trim(const BatchView& view, uint32_t root, uint32_t keep,
                                       cudaStream_t stream);
 // Makes `root` (a page that the lease does not hold) the root of a copy of the sequence of `from`:

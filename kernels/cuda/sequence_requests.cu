@@ -90,6 +90,7 @@ __global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t ro
 __global__ void trim_kernel(const __grid_constant__ BatchView view, uint32_t root, uint32_t keep) {
   DeviceSequence* sequence = sequence_at(view, root);
   const LaneView lane = lane_of_warp(view, sequence);
+  keep = max(keep, 2 * kBufferPageSlots);
   if (lane.lane == nullptr || sequence->tokens <= keep) return;
   const uint32_t first_kept = sequence->tokens - keep;
   evict_from_lane(lane, 0, first_kept - 1,

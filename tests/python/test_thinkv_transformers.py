@@ -16,7 +16,7 @@ os.environ["THINKV_FAKE_CUDA_ADOPTS"] = "1"
 _arrays.lies_on_gpu = lambda tensor: True
 
 from transformers_cases import Engines, Generate, Logits, Refusals  # noqa: E402, F401
-from transformers_cases import Rows, ShortEngines  # noqa: E402, F401
+from transformers_cases import Rows, ShortEngines, ShortPools  # noqa: E402, F401
 
 if __name__ == "__main__":
     unittest.main()

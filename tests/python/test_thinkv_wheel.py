@@ -61,6 +61,10 @@ class Wheel(ThinkvdCase):
             names = archive.namelist()
         self.assertIn("thinkv/libthinkv.so", names)
         self.assertIn("thinkv/py.typed", names)
+        here = {str(path.relative_to(SOURCE / "client" / "python"))
+                for path in (SOURCE / "client" / "python" / "thinkv").rglob("*.py")}
+        self.assertIn("thinkv/transformers/__init__.py", here)
+        self.assertEqual(here - set(names), set())
 
     def test_missing_library_is_an_error(self):
         done = subprocess.run(

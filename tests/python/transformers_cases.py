@@ -148,10 +148,12 @@ class Generate(TransformersCase):
             self.compare(family, num_beams=3)
 
     def test_speculative_tokens_are_rolled_back(self):
+        # Late 4.x cannot crop its own sliding caches, so there is nothing to compare with.
+        families = self.families if transformers.__version__ >= "5" else self.families[:1]
         other = self.model("llama", seed=5)
         self.compare("llama", batch=1, assistant_model=other)
-        for family in self.families:
-            self.compare(family, batch=1, prompt_lookup_num_tokens=4)
+        for family in families:
+            self.compare(family, batch=1, prompt_lookup_num_tokens=4, eos_token_id=1)
 
     def test_several_answers_to_one_prompt(self):
         self.compare("llama", batch=2, do_sample=True, num_return_sequences=3)
@@ -312,6 +314,27 @@ class Refusals(TransformersCase):
         cache.reset()
         model(input_ids=ids, past_key_values=cache)
 
+    def test_groups_of_layers_get_their_pages_together_or_not_at_all(self):
+        model = self.model("gpt_oss")
+        cache = self.cache(model)
+        ids = torch.ones(2, 14, dtype=torch.int64, device=self.device)
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        first, second = cache._rows.batches
+
+        def refuse():
+            raise thinkv.ExhaustedError("no room in the second group")
+
+        second.reserve = refuse
+        with self.assertRaisesRegex(thinkv.ExhaustedError, "second group"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        del second.reserve
+        # Nothing is left reserved in the first group.
+        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "not run"):
+            first.unreserve()
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        self.assertEqual(cache.stats()[0]["tokens"], 16)
+
     def test_a_full_pool_stops_the_pass_and_nothing_else(self):
         model = self.model("gpt_oss")  # two groups of layers: both or none
         cache = self.cache(model)
@@ -334,6 +357,58 @@ class Refusals(TransformersCase):
             filler.leave(row)
         model(input_ids=ids[:, :1], past_key_values=cache)  # the same step, now with room
         self.assertEqual(cache.stats()[0]["tokens"], before + 1)
+
+
+class ShortPools(TransformersCase):
+    """What fails for want of pages has changed nothing."""
+
+    pool = "4MiB"
+
+    def after_prompt(self, rows, tokens, hold=False):
+        model = self.model("llama")
+        cache = self.cache(model)
+        if hold:
+            cache.activate_past_recording()
+        ids = torch.randint(2, VOCABULARY, (rows, tokens), device=self.device)
+        model(input_ids=ids, past_key_values=cache)
+        return model, cache, ids
+
+    def check_next(self, model, cache, ids):
+        token = torch.full((len(ids), 1), 7, device=self.device)
+        got = model(input_ids=token, past_key_values=cache).logits[:, -1]
+        text = torch.cat([ids, token], 1)
+        want = model(input_ids=text, use_cache=False).logits[:, -1]
+        self.assertLess(float((got - want).abs().max()), TOLERANCE)
+        self.assertEqual(cache.stats()[0]["tokens"], text.shape[1])
+
+    def test_a_prompt_that_can_be_cropped_is_written_when_there_is_room(self):
+        model, cache, ids = self.after_prompt(2, 200, hold=True)
+        filler = ThinkvCache(model, "full-f16", client=self.client, rows=64)
+        self.addCleanup(filler.close)
+        with self.assertRaises((thinkv.ExhaustedError, thinkv.QuotaExceededError)):
+            for row in range(64):
+                prompt = filler.prompt()
+                model(input_ids=ids[:1], past_key_values=prompt)
+                filler.join(row, prompt)
+        before = self.pages_in_use()
+        for _ in range(2):
+            with self.assertRaises((thinkv.ExhaustedError, thinkv.QuotaExceededError)):
+                model(input_ids=ids[:, :1], past_key_values=cache)
+            self.assertEqual((cache.get_seq_length(), self.pages_in_use()), (200, before))
+        for row in range(64):
+            filler.leave(row)
+        cache.crop(-3)
+        self.check_next(model, cache, ids[:, :-3])
+
+    def test_copies_are_all_made_or_none(self):
+        model, cache, ids = self.after_prompt(3, 200)
+        self.check_next(model, cache, ids)
+        ids = torch.cat([ids, torch.full((3, 1), 7, device=self.device)], 1)
+        before = self.pages_in_use()
+        with self.assertRaises((thinkv.ExhaustedError, thinkv.QuotaExceededError)):
+            cache.batch_repeat_interleave(40)
+        self.assertEqual(self.pages_in_use(), before)
+        self.check_next(model, cache, ids)
 
 
 class Engines(TransformersCase):

@@ -179,6 +179,18 @@ class TwinBatch {
                            static_cast<uint32_t>(positions.size()), nullptr));
   }
 
+  // All but the newest `keep`; on the host, which has no such call, an eviction of the others.
+  void trim(uint32_t row, uint32_t keep) {
+    Twin& t = *twins_[row];
+    const uint32_t tokens = t.host->tokens();
+    std::vector<uint32_t> old;
+    for (uint32_t i = 0; i + keep < tokens; ++i) old.push_back(i);
+    THINKV_CHECK(t.host->evict(old).has_value());
+    t.same_places = t.same_places && !t.host_flush_is_due();
+    pool_.supply(0);
+    run(cuda::launch_trim(pool_.view(), t.root, keep, nullptr));
+  }
+
   // Positions first .. end - 1. While the host's buffer waits for its flush, not those in it.
   void recode(uint32_t row, uint32_t first, uint32_t end, Format format) {
     Twin& t = *twins_[row];

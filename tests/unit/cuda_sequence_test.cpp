@@ -117,6 +117,24 @@ TEST(CudaSequence, ALongTableGrowsByPagesAndShrinks) {
   ASSERT_NO_FATAL_FAILURE(run_steps(batch, 40));
 }
 
+TEST(CudaSequence, TrimmingIsAnEvictionOfAllButTheNewest) {
+  for (const Format format : {Format::kF16, Format::kK4V4}) {
+    for (const uint32_t keep : {1u, 16u, 17u, 40u, 1000u}) {
+      SCOPED_TRACE(std::string(format_info(format).name) + " " + std::to_string(keep));
+      TwinBatch batch({.geometry = geometry_of(2, 2, 64)});
+      batch.open(0, policy_of(format));
+      batch.prefill(0, 90);
+      for (uint32_t round = 0; round < 3; ++round) {
+        // With the buffer empty, and with some tokens in it.
+        ASSERT_NO_FATAL_FAILURE(run_steps(batch, round * 20));
+        batch.trim(0, keep);
+        ASSERT_NO_FATAL_FAILURE(expect_same(batch));
+      }
+      ASSERT_NO_FATAL_FAILURE(run_steps(batch, 40));
+    }
+  }
+}
+
 TEST(CudaSequence, EvictedSlotsAreTakenOldestPageFirst) {
   TwinBatch batch({.geometry = geometry_of(1, 2, 64)});
   batch.open(0, plain_policy(Format::kK4V4));

@@ -236,7 +236,7 @@ class Sequence(Handle):
 
     def trim(self, keep: int) -> None:
         """cuda backend: evicts all but the newest `keep` tokens, as a sliding window allows,
-        without waiting for the GPU. Up to 16 more may stay."""
+        without waiting for the GPU. The newest 16 always stay."""
         self.model.use_current_stream()
         call("thinkv_sequence_trim", self._handle, keep)
 

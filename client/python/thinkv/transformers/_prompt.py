@@ -16,10 +16,20 @@ class Prompt:
         self.pool = pool
         self.tokens = tokens  # of the longest row, padding included
         self.padding: list[int] | None = None  # before each row; known with the first layer's mask
-        self.sequences = [
-            [pool.open(i) for _ in range(batch)] for i in range(len(pool.plan.groups))
-        ]
+        self.sequences: list[list[Sequence | None]] = [[None] * batch for _ in pool.plan.groups]
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if held else None
+        if not held:
+            self._open()
+
+    def _open(self) -> None:
+        """All sequences or none."""
+        try:
+            for i, group in enumerate(self.sequences):
+                for row in range(len(group)):
+                    group[row] = self.pool.open(i)
+        except BaseException:
+            self.close()
+            raise
 
     def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """key, value: [batch, kv_heads, tokens, head_dim]."""
@@ -43,17 +53,25 @@ class Prompt:
             self._end()
 
     def write_held(self) -> None:
+        """On error nothing has changed: it is still held, and can be written later."""
         if self._held is None:
             return
-        held, self._held = self._held, None
-        for layer, (key, value) in held.items():
-            self._write(layer, key, value)
-        self._end()
+        self._open()
+        try:
+            for layer, (key, value) in self._held.items():
+                self._write(layer, key, value)
+            self._end()
+        except BaseException:
+            self.close()
+            raise
+        self._held = None
 
     def close(self) -> None:
         for group in self.sequences:
-            for sequence in group:
-                sequence.close()
+            for row, sequence in enumerate(group):
+                group[row] = None
+                if sequence is not None:
+                    sequence.close()
 
     def _row_tokens(self, row: int) -> int:
         return self.tokens - (self.padding[row] if self.padding is not None else 0)
@@ -66,20 +84,19 @@ class Prompt:
             tokens = self._row_tokens(row)
             if group.shape.window:
                 tokens = min(tokens, group.shape.window)
-            if tokens > 0:
+            if sequence is not None and tokens > 0:
                 sequence.prefill(group.index(layer), _rows_of(key, row, tokens),
                                  _rows_of(value, row, tokens))
 
     def _end(self) -> None:
         for group in self.sequences:
             for row, sequence in enumerate(group):
-                if self._row_tokens(row) > 0:
+                if sequence is not None and self._row_tokens(row) > 0:
                     sequence.prefill_end()
 
     def move(self) -> list[list[Sequence | None]]:
         """The sequences, by group and row, for whoever decodes them."""
-        moved: list[list[Sequence | None]] = [list(group) for group in self.sequences]
-        self.sequences = []
+        moved, self.sequences = self.sequences, []
         return moved
 
 

@@ -293,20 +293,23 @@ class Rows:
 
     def select(self, indices: list[int]) -> None:
         """The rows become those of `indices`, which may name a row more than once (a copy) or not
-        at all (closed)."""
+        at all (closed). On error nothing has changed."""
         self.commit()
         count = len(self.sequences[0]) if self.sequences else 0
         if any(not 0 <= i < count for i in indices):
             raise IndexError(f"rows {indices} of a cache with {count}")
         if not self.sequences or indices == list(range(count)):
             return
-        chosen = [_take(group, indices) for group in self.sequences]
+        before, self.sequences = self.sequences, _take(self.sequences, indices)
         if len(indices) == count and self.batches:
-            for batch, old, new in zip(self.batches, self.sequences, chosen):
+            for batch, old, new in zip(self.batches, before, self.sequences):
                 _rejoin(batch, old, new)
         else:
             self._close_batches()
-        self.sequences = chosen
+        for group in before:
+            for row, sequence in enumerate(group):
+                if row not in indices and sequence is not None:
+                    sequence.close()
 
     def _close_batches(self) -> None:
         for batch in self.batches:
@@ -374,21 +377,29 @@ def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _take(group: list[Sequence | None], indices: list[int]) -> list[Sequence | None]:
-    """The sequences of `indices`; a second one of the same row is a copy, the others are closed."""
-    for row, sequence in enumerate(group):
-        if row not in indices and sequence is not None:
-            sequence.close()
-    chosen: list[Sequence | None] = [None] * len(indices)
+def _take(
+    groups: list[list[Sequence | None]], indices: list[int]
+) -> list[list[Sequence | None]]:
+    """The sequences of `indices` in each group; a second one of the same row is a copy. All copies
+    or none."""
+    chosen: list[list[Sequence | None]] = [[None] * len(indices) for _ in groups]
     # A row that stays where it is needs not join again.
     order = sorted(range(len(indices)), key=lambda place: indices[place] != place)
-    taken: set[int] = set()
-    for place in order:
-        source = group[indices[place]]
-        if source is None:
-            continue
-        chosen[place] = source.copy() if indices[place] in taken else source
-        taken.add(indices[place])
+    copies: list[Sequence] = []
+    try:
+        for group, new in zip(groups, chosen):
+            taken: set[int] = set()
+            for place in order:
+                source = group[indices[place]]
+                if source is not None and indices[place] in taken:
+                    source = source.copy()
+                    copies.append(source)
+                new[place] = source
+                taken.add(indices[place])
+    except BaseException:
+        for copy in copies:
+            copy.close()
+        raise
     return chosen
 
 
