@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "client/error_text.h"
+#include "thinkv/internal/policy_check.h"
 #include "thinkv/version.h"
 
 namespace thinkv::client {

@@ -89,11 +89,17 @@ class Sequence {
 
   // ---- prompt ----
   // k, v: [tokens, kv_heads, head_dim]. Written at once, in the prompt's formats; never evicted by
-  // the policy, outside the budget. On error nothing of this layer was written.
-  // Errors: kInvalidArgument (layer given before, other token count, a token was decoded), and
-  // those of PageSource::reserve.
+  // TBE and outside its budget, while rank rules count and evict it. On error nothing of this layer
+  // was written. Errors: kInvalidArgument (layer given before, other token count, a token was
+  // decoded), and those of PageSource::reserve.
   [[nodiscard]] Status prefill(uint32_t layer, const float* k, const float* v, uint32_t tokens);
-  // Errors: kInvalidArgument unless every layer was given.
+  // Optional, once a layer after its prefill: q [count, q_heads, head_dim], the newest queries of
+  // the prompt, after rotary embedding, for rank rules that fire at the prompt's end. Without them
+  // those rules wait for the first scores.window steps. All layers or none, the same count.
+  // Errors: kInvalidArgument.
+  [[nodiscard]] Status prefill_queries(uint32_t layer, const float* q, uint32_t count);
+  // Rank rules of the prompt's end run here. Errors: kInvalidArgument unless every layer was given,
+  // and those of PageSource::reserve; the prompt then stays open.
   [[nodiscard]] Status prefill_end();
 
   // ---- one token ----
@@ -124,6 +130,10 @@ class Sequence {
   // kBf16 both mean the model's 16-bit type. Result: slots recoded. On error nothing has changed.
   // Errors: kInvalidArgument, and those of PageSource::reserve.
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
+  // Optional: class bits of the tokens from position `first` on, before or after they come, as
+  // often as wanted; all others are 0. Kept where the policy reads classes. Also while a prompt is
+  // open. Errors: kInvalidArgument, kUnsupported, and those of PageSource::reserve.
+  [[nodiscard]] Status token_classes(uint32_t first, std::span<const uint8_t> classes);
   // kBudgetOfPolicy, kBudgetNone or tokens; a lower budget acts at the next end_step().
   [[nodiscard]] Status set_budget(uint32_t budget_tokens);
 
