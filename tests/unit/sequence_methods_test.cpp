@@ -380,7 +380,8 @@ TEST(MethodFastGen, HeadsTakeTheCheapestMaskThatRecoversTheirAttention) {
   at(k, 0, 0)[0] = 20.0f;
   for (uint32_t t = kTokens / 2; t < kTokens; ++t) at(k, t, 1)[0] = 20.0f;
   for (uint32_t i = 0; i < 64; ++i) at(q, i, 0)[0] = at(q, i, 1)[0] = 20.0f;
-  ASSERT_TRUE(world.sequence.token_classes(0, std::vector<uint8_t>{1, 0, 0, 0, 0, 0, 2}).has_value());
+  ASSERT_TRUE(
+      world.sequence.token_classes(0, std::vector<uint8_t>{1, 0, 0, 0, 0, 0, 2}).has_value());
   world.prefill(k, v, q);
   const auto mask = [&](uint32_t lane) { return world.sequence.state()->lane(lane).rank().mask; };
   EXPECT_EQ(mask(0), policy::kMaskSpecial);
