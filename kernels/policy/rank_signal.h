@@ -84,27 +84,45 @@ inline void softmax_rows(std::span<float> x) {
   for (float& value : x) value /= sum;
 }
 
+// Columns that one pass over a row's channels takes.
+inline constexpr uint32_t kCosineBlock = 32;
+[[nodiscard]] constexpr size_t redundancy_scratch(uint32_t n, uint32_t dim) {
+  const size_t blocks = (size_t{n} + kCosineBlock - 1) / kCosineBlock;
+  return blocks * kCosineBlock * (size_t{dim} + 1);
+}
+
 // R-KV's redundancy (arXiv 2505.24133): the softmax over tokens of the mean cosine to all keys.
 // A row forgives its newest near-duplicate, the last j with a cosine above `above`; their own
 // column is 0. (Their code forgives column 0 where a row has no near-duplicate: an accident that
-// is not kept.) Rows are added in ascending order.
-// keys [n, dim] unit rows, dim a multiple of 8; out [n].
+// is not kept.) A cosine is added by ascending channels, a mean by ascending rows.
+// keys [n, dim] unit rows; scratch [redundancy_scratch(n, dim)]; out [n].
 inline void redundancy(std::span<const float> keys, uint32_t dim, float above,
-                       std::span<float> out) {
+                       std::span<float> scratch, std::span<float> out) {
   const auto n = static_cast<uint32_t>(out.size());
+  // Channel after channel of a block of columns, so that the inner loop is over columns.
+  const std::span<float> columns = scratch.subspan(0, scratch.size() / (dim + 1) * dim);
+  const std::span<float> cosines = scratch.subspan(columns.size());
+  std::fill(columns.begin(), columns.end(), 0.0f);
+  for (size_t i = 0; i < n; ++i) {
+    float* block = columns.data() + i / kCosineBlock * kCosineBlock * dim + i % kCosineBlock;
+    for (uint32_t d = 0; d < dim; ++d) block[d * kCosineBlock] = keys[i * dim + d];
+  }
   std::fill(out.begin(), out.end(), 0.0f);
   for (uint32_t i = 0; i < n; ++i) {
     const float* row = keys.data() + size_t{i} * dim;
-    bool forgiven = false;
-    for (uint32_t j = n; j-- > 0;) {
-      if (j == i) continue;
-      const float cosine = dot(row, keys.data() + size_t{j} * dim, dim);
-      if (!forgiven && cosine > above) {
-        forgiven = true;
-      } else {
-        out[j] += cosine;
+    for (size_t first = 0; first < n; first += kCosineBlock) {
+      float sums[kCosineBlock] = {};
+      const float* block = columns.data() + first * dim;
+      for (uint32_t d = 0; d < dim; ++d, block += kCosineBlock) {
+        for (uint32_t c = 0; c < kCosineBlock; ++c) sums[c] += row[d] * block[c];
       }
+      std::copy_n(sums, kCosineBlock, cosines.data() + first);
     }
+    cosines[i] = 0.0f;
+    uint32_t forgiven = n;
+    while (forgiven > 0 && !(forgiven - 1 != i && cosines[forgiven - 1] > above)) --forgiven;
+    if (forgiven > 0) cosines[forgiven - 1] = 0.0f;
+    for (uint32_t j = 0; j < n; ++j) out[j] += cosines[j];
   }
   for (float& value : out) value /= static_cast<float>(n);
   softmax_rows(out);

@@ -215,9 +215,12 @@ uint32_t Lane::gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) con
   uint32_t count = 0;
   pages_.for_each([&](uint32_t index, const PageDescriptor& page) {
     if (page.last_position < first || page.first_position >= end) return;
+    const std::byte* const positions =
+        store_->pages->address(page.page) + layout(page).position_offset;
     for (uint64_t left = page.live; left != 0; left &= left - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(left));
-      const uint32_t where = position(page, slot);
+      uint32_t where = 0;
+      std::memcpy(&where, positions + slot * kPositionBytes, sizeof where);
       if (where < first || where >= end) continue;
       THINKV_CHECK(count < rows.size());
       rows[count++] = {.position = where, .page = index, .slot = slot};

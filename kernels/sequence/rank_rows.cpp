@@ -24,11 +24,14 @@ float attention_of(const SequenceState& state, float sum, uint32_t position) {
   return sum;
 }
 
-void read_attention(const SequenceState& state, const Lane& lane, RankHead& head) {
+void read_attention(SequenceState& state, const Lane& lane, RankHead& head) {
+  std::vector<const float*>& sums = state.rank.sums;
+  sums.clear();
+  lane.pages().for_each(
+      [&](uint32_t, const PageDescriptor& page) { sums.push_back(lane.sums(page)); });
   for (uint32_t i = 0; i < head.size(); ++i) {
     const SlotRow& row = head.rows[i];
-    const float sum = lane.sums(lane.pages()[row.page])[row.slot];
-    head.attention[i] = attention_of(state, sum, row.position);
+    head.attention[i] = attention_of(state, sums[row.page][row.slot], row.position);
   }
   const uint32_t buffered = lane.header().buffer_count;
   head.buffer_square = 0.0f;
@@ -95,7 +98,8 @@ void add_similarity(SequenceState& state, const RankRule& rule, uint32_t lane, R
   decode_head_keys(state, lane, head, dim);
   for (uint32_t i = 0; i < n; ++i) policy::normalise_row(work.keys.data() + size_t{i} * dim, dim);
   work.numbers.resize(n);
-  policy::redundancy({work.keys.data(), size_t{n} * dim}, dim, rule.similarity_above,
+  work.columns.resize(policy::redundancy_scratch(n, dim));
+  policy::redundancy({work.keys.data(), size_t{n} * dim}, dim, rule.similarity_above, work.columns,
                      {work.numbers.data(), n});
   for (uint32_t i = 0; i < n; ++i) head.score[i] += rule.similarity * work.numbers[i];
 }

@@ -37,8 +37,10 @@ struct RankHead {
 };
 
 struct RankWork {
-  std::vector<RankHead> heads;  // of one layer
-  std::vector<float> keys;      // [rows, dim]
+  std::vector<RankHead> heads;     // of one layer
+  std::vector<float> keys;         // [rows, dim]
+  std::vector<float> columns;      // the same, channel after channel
+  std::vector<const float*> sums;  // of a lane, by page
   std::vector<float> numbers;
   std::vector<float> more_numbers;
   std::vector<uint32_t> order;  // [rows] at least, as the marks

@@ -342,6 +342,9 @@ uint32_t Sequence::tokens() const {
 bool Sequence::in_step() const {
   return state_ && state_->phase == Phase::kStep;
 }
+bool Sequence::selects_at_end() const {
+  return in_step() && (state_->closing || state_->firing);
+}
 PageId Sequence::root() const {
   return state_ ? state_->heap.root() : kNoPage;
 }

@@ -145,6 +145,8 @@ class Sequence {
   [[nodiscard]] const PolicyParams& policy() const;
   [[nodiscard]] uint32_t tokens() const;
   [[nodiscard]] bool in_step() const;
+  // The end of the open step selects among the tokens of every lane: more than counting.
+  [[nodiscard]] bool selects_at_end() const;
   [[nodiscard]] PageId root() const;
   // The state for tests and tools; null after release() or detach().
   [[nodiscard]] const SequenceState* state() const { return state_.get(); }

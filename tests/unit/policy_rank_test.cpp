@@ -128,7 +128,8 @@ std::vector<float> keys_with_duplicates(uint32_t dim) {
 TEST(RankRedundancy, OneNearDuplicateStaysAndItIsTheLast) {
   constexpr uint32_t kDim = 64;
   std::vector<float> score(48);
-  redundancy(keys_with_duplicates(kDim), kDim, 0.5f, score);
+  std::vector<float> scratch(redundancy_scratch(48, kDim));
+  redundancy(keys_with_duplicates(kDim), kDim, 0.5f, scratch, score);
   EXPECT_NEAR(std::accumulate(score.begin(), score.end(), 0.0f), 1.0f, 1e-5f);
   for (float& x : score) x = -x;
   std::vector<uint32_t> order(48);
