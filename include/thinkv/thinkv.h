@@ -184,7 +184,8 @@ THINKV_API thinkv_status thinkv_model_set_stream(thinkv_model* model, void* stre
 
 typedef struct thinkv_sequence_options {
   uint32_t struct_size;
-  uint32_t budget_tokens;  /* generated live tokens of a lane (layer, kv head) */
+  uint32_t budget_tokens;  /* live tokens of a lane (layer, kv head): generated ones for ThinKV's
+                              schedule, for rules as their policy counts */
   const char* policy_name; /* NULL: "thinkv" */
   uint32_t flags;
   uint32_t reserved[7];

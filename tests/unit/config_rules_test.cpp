@@ -1,6 +1,10 @@
 // Rules in policy files: each key into its field, and each refusal with its key and its reason.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
 
 #include "daemon/ops/policy_file.h"
@@ -125,6 +129,39 @@ TEST(Rules, APolicyThatIsNotInTheListIsYamlAlone) {
                               "    format: k4v2\n");
   EXPECT_TRUE(policy_params_valid(p));
   EXPECT_EQ(p.prompt_format, Format::kK4V4);
+}
+
+std::string source_text(const std::string& name) {
+  const char* root = std::getenv("THINKV_SOURCE_DIR");
+  std::ifstream in(std::string(root == nullptr ? "." : root) + "/" + name);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+TEST(PoliciesReadme, ItsExampleIsAPolicy) {
+  const std::string text = source_text("config/policies/README.md");
+  const size_t begin = text.find("```yaml\n");
+  ASSERT_NE(begin, std::string::npos);
+  const size_t end = text.find("```", begin + 8);
+  Diagnostics diagnostics("README.md");
+  const auto policy =
+      parse_policy(text.substr(begin + 8, end - begin - 8), "/x/r-kv-4bit.yaml", &diagnostics);
+  ASSERT_TRUE(policy) << diagnostics.text();
+  EXPECT_EQ(policy->params.rule_count, 2);
+  EXPECT_EQ(policy->params.rules[1].action, RankAction::kRecode);
+}
+
+TEST(PoliciesReadme, HasARowForEveryPolicyOfTheFolder) {
+  const std::string text = source_text("config/policies/README.md");
+  const char* root = std::getenv("THINKV_SOURCE_DIR");
+  size_t files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(
+           std::string(root == nullptr ? "." : root) + "/config/policies")) {
+    if (entry.path().extension() != ".yaml") continue;
+    ++files;
+    const std::string name = entry.path().stem().string();
+    EXPECT_NE(text.find("`" + name + "`"), std::string::npos) << name;
+  }
+  EXPECT_GE(files, 16u);
 }
 
 struct BadRule {

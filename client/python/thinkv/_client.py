@@ -161,7 +161,7 @@ class Model(Handle):
         *,
         trace_sparsity: bool = False,
     ) -> Sequence:
-        """Opens a sequence. budget: generated live tokens of a lane; None: the policy's;
+        """Opens a sequence. budget: live tokens of a lane, as the policy counts; None: the policy's;
         0: none. name: for the caller alone."""
         options = c.SequenceOptions(
             struct_size=ctypes.sizeof(c.SequenceOptions),
