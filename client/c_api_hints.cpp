@@ -44,7 +44,8 @@ Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* c
   if (pin->gpu) return {};
   const Status told = pin->sequence->token_classes(first, std::span(classes, count));
   pin->source->settle();
-  return told;
+  THINKV_TRY(told);
+  return pin->report();
 }
 
 }  // namespace

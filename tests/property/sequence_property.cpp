@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <optional>
 
+#include "tests/support/random_rules.h"
 #include "tests/support/sequence_fixture.h"
-#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::kernels {
 namespace {
@@ -124,7 +124,10 @@ class Subject {
     p.rotate = below(4) == 0 ? 0 : 1;
     const uint32_t kind = below(3);
     if (kind == 0) return p;
-    if (kind == 1) return with_random_rules(p);
+    if (kind == 1) {
+      testing::draw_rules(p, *random_);
+      return p;
+    }
     p.evict = EvictRule::kTbe;
     p.select = static_cast<SelectRule>(below(4));
     p.grain = static_cast<SelectGrain>(below(2));
@@ -136,58 +139,6 @@ class Subject {
     p.budget_tokens = 20 + below(60);
     p.score_every = static_cast<uint16_t>(1 + below(3));
     return p;
-  }
-
-  // Draws rules until they go together.
-  PolicyParams with_random_rules(PolicyParams p) {
-    p.evict = EvictRule::kRank;
-    p.segment_tokens = 16 * (1 + below(3));
-    p.rule_count = static_cast<uint8_t>(1 + below(kRulesMax));
-    do {
-      p.grain = static_cast<SelectGrain>(below(2));
-      p.budget_tokens = 8 + below(60);
-      p.score_kind = static_cast<ScoreKind>(below(4));
-      p.score_window = static_cast<uint16_t>(1 + below(20));
-      const Format recode = random_format();  // one, so that each token is recoded once
-      for (uint32_t i = 0; i < p.rule_count; ++i) {
-        p.rules[i] = random_rule();
-        p.rules[i].recode_format = recode;
-      }
-    } while (!policy_params_valid(p));
-    return p;
-  }
-  float weight() { return below(2) == 0 ? 0.0f : static_cast<float>(1 + below(3)); }
-  RankRule random_rule() {
-    constexpr uint16_t kEvery[] = {0, 1, 1, 5, 16, 24};
-    RankRule r;
-    r.every = kEvery[below(6)];
-    r.at_prompt_end = static_cast<uint8_t>(below(2));
-    r.counts = static_cast<BudgetCount>(below(2));
-    r.budget = static_cast<BudgetRule>(below(8));
-    r.budget_percent = static_cast<uint8_t>(50 + below(51));
-    r.representative_percent = static_cast<uint8_t>(below(60));
-    r.group_count = 2;
-    r.group_share[0] = 3;
-    r.group_share[1] = 1;
-    r.budget_low = static_cast<float>(below(8)) / 4.0f;
-    r.budget_high = r.budget_low + 0.5f;
-    r.select = static_cast<RankSelect>(below(6));
-    r.action = static_cast<RankAction>(below(2));
-    r.recent = static_cast<uint16_t>(below(20));
-    r.sinks = static_cast<uint16_t>(below(6));
-    r.classes = static_cast<uint8_t>(below(4));
-    r.anchor = static_cast<Anchor>(below(5));
-    r.pool = static_cast<Pool>(below(3));
-    r.pool_width = r.pool == Pool::kNone ? 1 : 5;
-    r.attention = weight();
-    r.similarity = -weight();
-    r.position = weight();
-    r.random = weight();
-    r.value_norm = static_cast<uint8_t>(below(2));
-    r.frequent_percent = r.local_percent = 20;
-    r.special_classes = 1;
-    r.punctuation_classes = 2;
-    return r;
   }
 
   Format resolve(Format format) const { return is_16bit(format) ? wide_ : format; }

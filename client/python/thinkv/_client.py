@@ -161,8 +161,8 @@ class Model(Handle):
         *,
         trace_sparsity: bool = False,
     ) -> Sequence:
-        """Opens a sequence. budget: live tokens of a lane, as the policy counts; None: the policy's;
-        0: none. name: for the caller alone."""
+        """Opens a sequence. budget: live tokens of a lane, as the policy counts them; None: the
+        policy's; 0: none. name: for the caller alone."""
         options = c.SequenceOptions(
             struct_size=ctypes.sizeof(c.SequenceOptions),
             budget_tokens=_budget(budget),
