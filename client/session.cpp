@@ -8,6 +8,7 @@
 
 #include "client/error_text.h"
 #include "client/pool_choice.h"
+#include "thinkv/internal/policy_check.h"
 #include "thinkv/version.h"
 
 namespace thinkv::client {

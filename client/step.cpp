@@ -162,12 +162,10 @@ Status StepObject::end() {
                     "the step was cancelled: layer %zu was not appended", layer);
   }
   FirstError failed;
-  // Most ends only count; one in segment_tokens selects survivors in every lane.
+  // Most ends only count.
   uint64_t work = 0;
   for (const SequenceObject* object : sequences) {
-    const uint64_t generated = object->sequence->tokens() + 1 - object->reported.prompt_tokens;
-    const bool closes = generated % object->sequence->policy().segment_tokens == 0;
-    if (closes) work += kParallelWorkMin;
+    if (object->sequence->selects_at_end()) work += kParallelWorkMin;
   }
   for_each_index(model->client->pool, static_cast<uint32_t>(sequences.size()), work,
                  [&](uint32_t i) { failed.take(sequences[i]->sequence->end_step()); });

@@ -5,6 +5,7 @@
 
 #include "daemon/core/tenant_table.h"
 #include "thinkv/internal/limits.h"
+#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::core {
 namespace {

@@ -190,7 +190,8 @@ THINKV_API thinkv_status thinkv_model_set_stream(thinkv_model* model, void* stre
 
 typedef struct thinkv_sequence_options {
   uint32_t struct_size;
-  uint32_t budget_tokens;  /* generated live tokens of a lane (layer, kv head) */
+  uint32_t budget_tokens;  /* live tokens of a lane (layer, kv head): generated ones for ThinKV's
+                              schedule, for rules as their policy counts */
   const char* policy_name; /* NULL: "thinkv" */
   uint32_t flags;
   uint32_t reserved[7];
@@ -372,6 +373,22 @@ THINKV_API thinkv_status thinkv_sequence_copy(thinkv_sequence* sequence, thinkv_
 
 THINKV_API const char* thinkv_version(void); /* "0.1.0" */
 THINKV_API const char* thinkv_status_name(thinkv_status status);
+
+/* ---- hints for policies with rules ---- */
+
+/* q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt after rotary embedding,
+ * in host memory; optional, for all layers or for none, each once after its prefill and before
+ * prefill_end, the same count. Rules that fire at the prompt's end look at them; without them they
+ * wait for the first decode steps. Policies without such rules take the call and ignore it. */
+THINKV_API thinkv_status thinkv_sequence_prefill_queries(thinkv_sequence* sequence, uint32_t layer,
+                                                         const thinkv_tensor* q,
+                                                         thinkv_error* error);
+/* Class bits (bit n: class n) of the tokens at positions first, first + 1, ...; before or after
+ * they come, as often as wanted, not while a step is open. What was never given is 0. Policies
+ * whose rules read no classes take the call and ignore it. Errors: EXHAUSTED, QUOTA_EXCEEDED. */
+THINKV_API thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence, uint32_t first,
+                                                       const uint8_t* classes, size_t count,
+                                                       thinkv_error* error);
 
 #ifdef __cplusplus
 }

@@ -108,6 +108,15 @@ class Sequence {
   [[nodiscard]] Status prefill_end() {
     return detail::status_of(thinkv_sequence_prefill_end(handle_.get(), &detail::last_error));
   }
+  // Optional, between prefill() of the layer and prefill_end().
+  [[nodiscard]] Status prefill_queries(uint32_t layer, const thinkv_tensor& q) {
+    return detail::status_of(
+        thinkv_sequence_prefill_queries(handle_.get(), layer, &q, &detail::last_error));
+  }
+  [[nodiscard]] Status token_classes(uint32_t first, std::span<const uint8_t> classes) {
+    return detail::status_of(thinkv_sequence_token_classes(handle_.get(), first, classes.data(),
+                                                           classes.size(), &detail::last_error));
+  }
   // Result: (token, lane) pairs evicted.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions) {
     uint64_t count = 0;

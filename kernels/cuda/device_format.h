@@ -28,7 +28,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 1;
+inline constexpr uint32_t kDeviceLayoutVersion = 2;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -118,7 +118,8 @@ struct DeviceSequence {
   uint32_t segment_page[kSegmentPagesMax];
   uint8_t reserved1[48];
 };
-static_assert(sizeof(DeviceSequence) == 128 + 96 + 192 + 4 * kSegmentPagesMax + 48);
+static_assert(sizeof(DeviceSequence) ==
+              128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 48);
 static_assert(offsetof(DeviceSequence, counters) == 128);
 static_assert(offsetof(DeviceSequence, policy) == 224);
 
@@ -153,6 +154,6 @@ static_assert(std::is_trivially_copyable_v<DeviceLane> &&
          (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + (scored ? score_row_bytes() : 0));
 }
 static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 17);
-static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1700);
+static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1400);
 
 }  // namespace thinkv::cuda

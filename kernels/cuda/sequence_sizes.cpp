@@ -4,6 +4,7 @@
 #include "kernels/cuda/device_format.h"
 #include "kernels/cuda/refresh.h"
 #include "kernels/cuda/sequence.h"
+#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::cuda {
 namespace {
@@ -104,6 +105,10 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
   THINKV_TRY(validate(geometry));
   if (!policy_params_valid(policy)) {
     return make_error(kInvalidArgument, "the policy's parameters contradict each other");
+  }
+  if (policy.evict == EvictRule::kRank) {
+    return make_error(kUnsupported,
+                      "the policy has rank rules, which run on the host backend only so far");
   }
   for (uint32_t i = 0; i < policy.label_layer_count; ++i) {
     if (policy.label_layers[i] >= geometry.layers) {

@@ -52,13 +52,14 @@ uint32_t buffer_position(const LaneStore& store, const LaneHeader& header, uint3
   return position;
 }
 
-void promote(Lane& lane, uint32_t count) {
+void promote(const LaneStore& store, Lane& lane, uint32_t count) {
   LaneHeader& header = lane.header();
   lane.grow_for(buffer_pages_for(count));
   for (uint32_t b = 0; b < buffer_pages_for(count); ++b) {
     const uint32_t first = b * kBufferPageSlots;
-    lane.adopt_page(header.buffer_page[b], std::min(count - first, kBufferPageSlots),
-                    header.buffer_score + first);
+    const void* scores = nullptr;
+    if (store.scored) scores = lane.buffer_scores() + size_t{first} * store.score_bytes();
+    lane.adopt_page(header.buffer_page[b], std::min(count - first, kBufferPageSlots), scores);
     header.buffer_page[b] = PageId::kNoneRaw;
   }
 }
@@ -90,10 +91,12 @@ uint32_t requantise(const LaneStore& store, Lane& lane, const FlushFormats& form
   for (uint32_t part = 0; part < 2; ++part) {
     const uint32_t from = part == 0 ? 0 : runs.sinks;
     const size_t row = size_t{from} * store.head_dim;
+    const void* scores = nullptr;
+    if (store.scored) scores = lane.buffer_scores() + size_t{from} * store.score_bytes();
     const TokenRows rows{.k = scratch.k + row,
                          .v = scratch.v + row,
                          .positions = positions.data() + from,
-                         .scores = store.scored ? header.buffer_score + from : nullptr,
+                         .scores = scores,
                          .count = part == 0 ? runs.sinks : runs.others};
     if (rows.count > 0) reused += lane.write(part == 0 ? formats.sink : formats.thought, rows);
   }
@@ -139,7 +142,11 @@ void append_to_buffer(const LaneStore& store, LaneHeader& header, const float* k
                          .k = k,
                          .v = v,
                          .positions = &position});
-  header.buffer_score[header.buffer_count] = 0;
+  if (store.scored) {
+    const uint32_t width = store.score_bytes();
+    std::memset(Lane(store, header).buffer_scores() + size_t{header.buffer_count} * width, 0,
+                width);
+  }
   header.buffer_count = static_cast<uint8_t>(header.buffer_count + 1);
   header.live += 1;
 }
@@ -157,10 +164,11 @@ uint32_t flush_buffer(const LaneStore& store, LaneHeader& header, const FlushFor
   Lane lane(store, header);
   const uint32_t end = buffer_position(store, header, count - 1) + 1;
   const FlushRuns runs = split(lane, store.wide, formats, count, end);
-  if (store.scored) decay_scores(lane, score_decay);
+  if (store.scored && store.sums) scale_sums(lane, score_decay);
+  if (store.scored && !store.sums) decay_scores(lane, score_decay);
   uint32_t reused = 0;
   if (runs.promote) {
-    promote(lane, count);
+    promote(store, lane, count);
   } else {
     reused = requantise(store, lane, formats, runs, scratch);
   }

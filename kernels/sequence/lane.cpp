@@ -10,8 +10,8 @@
 namespace thinkv::kernels {
 namespace {
 
-uint32_t score_granules(const PageLayout& layout) {
-  const uint32_t bytes = layout.slots * static_cast<uint32_t>(sizeof(uint16_t));
+uint32_t score_granules(const LaneStore& store, const PageLayout& layout) {
+  const uint32_t bytes = layout.slots * store.score_bytes();
   return (bytes + kGranuleBytes - 1) / kGranuleBytes;
 }
 
@@ -27,7 +27,7 @@ bool Lane::add_need(Format format, uint32_t count, MetaNeed& need) const {
   if (uint64_t{pages_.size()} + count > pages_.size_max()) return false;
   pages_.add_need(count, need);
   if (store_->scored) {
-    need.add_blocks(score_granules(page_layout(format, store_->head_dim)), count);
+    need.add_blocks(score_granules(*store_, page_layout(format, store_->head_dim)), count);
   }
   return true;
 }
@@ -40,9 +40,30 @@ uint32_t Lane::position(const PageDescriptor& page, uint32_t slot) const {
   return position;
 }
 
-uint16_t* Lane::scores(const PageDescriptor& page) const {
+std::byte* Lane::score_row(const PageDescriptor& page) const {
   THINKV_CHECK(page.score_page != PageId::kNoneRaw);
-  return reinterpret_cast<uint16_t*>(store_->heap->address({page.score_page, page.score_granule}));
+  return store_->heap->address({page.score_page, page.score_granule});
+}
+
+uint16_t* Lane::scores(const PageDescriptor& page) const {
+  THINKV_CHECK(!store_->sums);
+  return reinterpret_cast<uint16_t*>(score_row(page));
+}
+
+float* Lane::sums(const PageDescriptor& page) const {
+  THINKV_CHECK(store_->sums);
+  return reinterpret_cast<float*>(score_row(page));
+}
+
+RankLane& Lane::rank() const {
+  THINKV_CHECK(header_->rank.page != PageId::kNoneRaw);
+  return *reinterpret_cast<RankLane*>(store_->heap->address(header_->rank));
+}
+
+std::byte* Lane::buffer_scores() const {
+  THINKV_CHECK(store_->scored);
+  return store_->sums ? reinterpret_cast<std::byte*>(rank().buffer_sum)
+                      : reinterpret_cast<std::byte*>(header_->buffer_score);
 }
 
 uint64_t Lane::candidates(const PageDescriptor& page, SlotKind kind) const {
@@ -71,7 +92,7 @@ uint32_t Lane::fill(Format format, SlotKind kind, const TokenRows& rows, uint32_
 PageDescriptor& Lane::push_page(Format format, uint32_t page) {
   const PageLayout& shape = page_layout(format, store_->head_dim);
   BlockRef score{PageId::kNoneRaw, 0};
-  if (store_->scored) score = store_->heap->allocate(score_granules(shape));
+  if (store_->scored) score = store_->heap->allocate(score_granules(*store_, shape));
   header_->free_slots[static_cast<size_t>(format)] += shape.slots;
   return pages_.push({.live = 0,
                       .page = page,
@@ -104,14 +125,18 @@ uint32_t Lane::write_slots(PageDescriptor& page, uint64_t slots, const TokenRows
                            .k = rows.k + row,
                            .v = rows.v + row,
                            .positions = rows.positions + from});
+  const uint32_t width = store_->score_bytes();
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t where = rows.positions[from + i];
     const bool first = page.live == 0 && i == 0;
     page.first_position = first ? where : std::min(page.first_position, where);
     page.last_position = first ? where : std::max(page.last_position, where);
-    if (store_->scored) {
-      scores(page)[chosen[i]] = rows.scores != nullptr ? rows.scores[from + i] : uint16_t{0};
-    }
+    if (!store_->scored) continue;
+    std::byte* score = score_row(page) + size_t{chosen[i]} * width;
+    std::memset(score, 0, width);
+    if (rows.scores == nullptr) continue;
+    std::memcpy(score, static_cast<const std::byte*>(rows.scores) + size_t{from + i} * width,
+                width);
   }
   THINKV_CHECK((page.live & written) == 0);
   page.live |= written;
@@ -131,13 +156,15 @@ uint32_t Lane::write(Format format, const TokenRows& rows) {
   return reused;
 }
 
-void Lane::adopt_page(uint32_t raw, uint32_t count, const uint16_t* page_scores) {
+void Lane::adopt_page(uint32_t raw, uint32_t count, const void* page_scores) {
   PageDescriptor& page = push_page(store_->wide, raw);
   page.live = low_slots(count);
   page.filled = static_cast<uint8_t>(count);
   page.first_position = position(page, 0);
   page.last_position = position(page, count - 1);
-  if (store_->scored) std::copy_n(page_scores, count, scores(page));
+  if (store_->scored) {
+    std::memcpy(score_row(page), page_scores, size_t{count} * store_->score_bytes());
+  }
   header_->live += count;
   header_->free_slots[page.format] -= count;
 }
@@ -157,7 +184,8 @@ void Lane::sweep() {
     if (page.live != 0) continue;
     header_->free_slots[page.format] -= layout(page).slots;
     if (store_->scored) {
-      store_->heap->free({page.score_page, page.score_granule}, score_granules(layout(page)));
+      store_->heap->free({page.score_page, page.score_granule},
+                         score_granules(*store_, layout(page)));
     }
     store_->pages->give_back(PageId(page.page));
     *store_->data_pages -= 1;
@@ -176,6 +204,10 @@ void Lane::destroy() {
   }
   header_->live = header_->live_prompt = 0;
   header_->buffer_count = 0;
+  if (header_->rank.page != PageId::kNoneRaw) {
+    store_->heap->free(header_->rank, kRankLaneGranules);
+    header_->rank.page = PageId::kNoneRaw;
+  }
   pages_.destroy();
 }
 
@@ -183,9 +215,12 @@ uint32_t Lane::gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) con
   uint32_t count = 0;
   pages_.for_each([&](uint32_t index, const PageDescriptor& page) {
     if (page.last_position < first || page.first_position >= end) return;
+    const std::byte* const positions =
+        store_->pages->address(page.page) + layout(page).position_offset;
     for (uint64_t left = page.live; left != 0; left &= left - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(left));
-      const uint32_t where = position(page, slot);
+      uint32_t where = 0;
+      std::memcpy(&where, positions + slot * kPositionBytes, sizeof where);
       if (where < first || where >= end) continue;
       THINKV_CHECK(count < rows.size());
       rows[count++] = {.position = where, .page = index, .slot = slot};

@@ -23,6 +23,8 @@ struct LaneStore {
   uint32_t head_dim;
   Format wide;  // the model's 16-bit format
   bool scored;  // pages carry scores
+  bool sums;    // fp32 sums instead of fp16 scores
+  [[nodiscard]] uint32_t score_bytes() const { return sums ? sizeof(float) : sizeof(uint16_t); }
 };
 
 // Tokens to be written, K and V already rotated where the policy rotates.
@@ -30,7 +32,7 @@ struct TokenRows {
   const float* k;             // [count, head_dim]
   const float* v;             // [count, head_dim]
   const uint32_t* positions;  // [count]
-  const uint16_t* scores;     // [count] fp16, or null: zero
+  const void* scores;         // [count] fp16 or fp32 as the store has them, or null: zero
   uint32_t count;
 };
 
@@ -59,7 +61,7 @@ class Lane {
   // Result: how many rows went into evicted slots. Requires: pages promised, table grown.
   uint32_t write(Format format, const TokenRows& rows);
   // Makes a buffer page with slots 0..count-1 written a page of the table. Requires: table grown.
-  void adopt_page(uint32_t page, uint32_t count, const uint16_t* scores);
+  void adopt_page(uint32_t page, uint32_t count, const void* scores);
 
   // The slots stop to count and become writable. Requires: all of them live.
   void drop(uint32_t page_index, uint64_t slots);
@@ -73,14 +75,24 @@ class Lane {
   [[nodiscard]] uint32_t gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) const;
 
   [[nodiscard]] uint32_t position(const PageDescriptor& page, uint32_t slot) const;
-  // fp16 [slots]. Requires: the store is scored.
+  // fp16 [slots]. Requires: the store is scored, without sums.
   [[nodiscard]] uint16_t* scores(const PageDescriptor& page) const;
+  // fp32 [slots]. Requires: the store is scored, with sums.
+  [[nodiscard]] float* sums(const PageDescriptor& page) const;
+  // The score or sum of one slot. Requires: the store is scored.
+  [[nodiscard]] const std::byte* score_of(const PageDescriptor& page, uint32_t slot) const {
+    return score_row(page) + size_t{slot} * store_->score_bytes();
+  }
+  // Of the tokens in the buffer, as wide as those of the pages. Requires: the store is scored.
+  [[nodiscard]] std::byte* buffer_scores() const;
+  [[nodiscard]] RankLane& rank() const;
   [[nodiscard]] const PageLayout& layout(const PageDescriptor& page) const {
     return page_layout(static_cast<Format>(page.format), store_->head_dim);
   }
 
  private:
   enum class SlotKind { kEvicted, kUnwritten };
+  [[nodiscard]] std::byte* score_row(const PageDescriptor& page) const;
   [[nodiscard]] uint64_t candidates(const PageDescriptor& page, SlotKind kind) const;
   [[nodiscard]] PageDescriptor* oldest_with(Format format, SlotKind kind) const;
   [[nodiscard]] uint32_t fill(Format format, SlotKind kind, const TokenRows& rows, uint32_t from);

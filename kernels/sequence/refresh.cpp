@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/rank.h"
 #include "kernels/sequence/sequence_state.h"
 #include "kernels/sequence/survivors.h"
 #include "thinkv/internal/check.h"
@@ -112,7 +113,7 @@ void merge_oldest(SequenceState& state) {
 }
 
 void enforce_budget(SequenceState& state) {
-  const uint32_t budget = state.budget();
+  const uint32_t budget = state.policy().evict == EvictRule::kTbe ? state.budget() : 0;
   if (budget == 0) return;
   while (state.generated_live() > budget) {
     const SegmentTable table = state.segments();
@@ -184,15 +185,16 @@ void finish_step(SequenceState& state) {
   }
   header.tokens += 1;
   header.counters.steps += 1;
-  if (state.closing) {
+  if (state.flushing) {
     const FlushFormats formats = state.flush_formats();
     for (LaneHeader* lane : state.lanes) {
-      header.counters.reused_slots += flush_buffer(
-          state.store, *lane, formats, state.policy().score_decay, state.flush_scratch());
+      header.counters.reused_slots +=
+          flush_buffer(state.store, *lane, formats, state.flush_decay(), state.flush_scratch());
     }
   }
   collect_sparsity(state);
   enforce_budget(state);
+  if (state.policy().evict == EvictRule::kRank) run_step_rules(state);
   if (state.closing) refresh(state);
   state.pages.end_reservation();
 }

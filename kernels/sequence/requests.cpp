@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 #include <vector>
 
 #include "kernels/sequence/sequence_state.h"
@@ -47,18 +48,35 @@ uint32_t count_recode(const Lane& lane, const RecodeJob& job) {
   return count;
 }
 
-// Writes the chosen slots of one page again in the job's format, then drops them.
-void recode_page(SequenceState& state, Lane& lane, uint32_t index, uint64_t chosen,
-                 const RecodeJob& job) {
+uint64_t recode_lane(SequenceState& state, Lane lane, const RecodeJob& job) {
+  const uint32_t count = count_recode(lane, job);
+  if (count == 0) return 0;
+  lane.grow_for(lane.new_pages(job.format, count));
+  const uint32_t pages = lane.pages().size();  // those that come are already in the format
+  for (uint32_t index = 0; index < pages; ++index) {
+    const uint64_t chosen = slots_to_recode(lane, lane.pages()[index], job);
+    if (chosen != 0) recode_slots(state, lane, index, chosen, job.format);
+  }
+  lane.sweep();
+  return count;
+}
+
+}  // namespace
+
+void recode_slots(SequenceState& state, Lane& lane, uint32_t index, uint64_t chosen,
+                  Format format) {
   std::array<uint8_t, kSlotsPerPageMax> slots;
   std::array<uint32_t, kSlotsPerPageMax> positions;
-  std::array<uint16_t, kSlotsPerPageMax> scores{};
+  std::array<std::byte, size_t{kSlotsPerPageMax} * sizeof(float)> scores{};
   uint32_t count = 0;
   const PageDescriptor page = lane.pages()[index];  // a copy: writing adds descriptors
   for (uint64_t left = chosen; left != 0; left &= left - 1) {
     const auto slot = static_cast<uint8_t>(std::countr_zero(left));
     positions[count] = lane.position(page, slot);
-    if (state.store.scored) scores[count] = lane.scores(page)[slot];
+    if (state.store.scored) {
+      const uint32_t width = state.store.score_bytes();
+      std::memcpy(scores.data() + size_t{count} * width, lane.score_of(page, slot), width);
+    }
     slots[count++] = slot;
   }
   state.kernels.decode({.page = state.pages.address(page.page),
@@ -67,28 +85,13 @@ void recode_page(SequenceState& state, Lane& lane, uint32_t index, uint64_t chos
                         .slots = {slots.data(), count},
                         .k = state.k_rows.data(),
                         .v = state.v_rows.data()});
-  static_cast<void>(lane.write(job.format, {.k = state.k_rows.data(),
-                                            .v = state.v_rows.data(),
-                                            .positions = positions.data(),
-                                            .scores = scores.data(),
-                                            .count = count}));
+  static_cast<void>(lane.write(format, {.k = state.k_rows.data(),
+                                        .v = state.v_rows.data(),
+                                        .positions = positions.data(),
+                                        .scores = scores.data(),
+                                        .count = count}));
   lane.drop(index, chosen);
 }
-
-uint64_t recode_lane(SequenceState& state, Lane lane, const RecodeJob& job) {
-  const uint32_t count = count_recode(lane, job);
-  if (count == 0) return 0;
-  lane.grow_for(lane.new_pages(job.format, count));
-  const uint32_t pages = lane.pages().size();  // those that come are already in the format
-  for (uint32_t index = 0; index < pages; ++index) {
-    const uint64_t chosen = slots_to_recode(lane, lane.pages()[index], job);
-    if (chosen != 0) recode_page(state, lane, index, chosen, job);
-  }
-  lane.sweep();
-  return count;
-}
-
-}  // namespace
 
 uint64_t evict_positions(SequenceState& state, std::span<const uint32_t> positions) {
   if (state.header->tokens <= kBufferTokens) return 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "kernels/sequence/sequence.h"
 #include "thinkv/internal/small_float.h"
 
 namespace thinkv::kernels {
@@ -45,6 +46,34 @@ void decay_scores(const Lane& lane, float factor) {
       scores[s] = fp16_from_float(fp16_to_float(scores[s]) * factor);
     });
   });
+}
+
+void accumulate_sums(const Lane& lane, const float* probabilities) {
+  lane.pages().for_each([&](uint32_t index, const PageDescriptor& page) {
+    float* sums = lane.sums(page);
+    const float* row = probabilities + size_t{index} * kSlotsPerPageMax;
+    for_each_slot(page.live, [&](uint32_t s) { sums[s] += row[s]; });
+  });
+  const float* buffer = probabilities + size_t{lane.pages().size()} * kSlotsPerPageMax;
+  float* sums = lane.rank().buffer_sum;
+  for (uint32_t i = 0; i < lane.header().buffer_count; ++i) {
+    sums[i] += buffer[i / kBufferPageSlots * kSlotsPerPageMax + i % kBufferPageSlots];
+  }
+}
+
+void scale_sums(const Lane& lane, float factor) {
+  if (factor == 1.0f) return;
+  lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+    float* sums = lane.sums(page);
+    for_each_slot(page.live, [&](uint32_t s) { sums[s] *= factor; });
+  });
+}
+
+void clear_sums(const Lane& lane) {
+  lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+    std::fill_n(lane.sums(page), lane.layout(page).slots, 0.0f);
+  });
+  std::fill_n(lane.rank().buffer_sum, kBufferTokens, 0.0f);
 }
 
 }  // namespace thinkv::kernels

@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 
+#include "kernels/sequence/rank.h"
 #include "kernels/sequence/sequence_state.h"
 #include "thinkv/internal/check.h"
 #include "thinkv/internal/limits.h"
+#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::kernels {
 namespace {
@@ -122,7 +125,10 @@ Status Sequence::prefill(uint32_t layer, const float* k, const float* v, uint32_
     return make_error(kInvalidArgument, "this layer was prefilled before");
   }
   THINKV_TRY(prefill_layer(s, layer, k, v, tokens));
-  if (first) std::fill(s.layer_given.begin(), s.layer_given.end(), uint8_t{0});
+  if (first) {
+    std::fill(s.layer_given.begin(), s.layer_given.end(), uint8_t{0});
+    s.rank.queries_given.assign(s.geometry.layers, 0);
+  }
   s.phase = Phase::kPrompt;
   s.prompt_tokens = tokens;
   s.layer_given[layer] = 1;
@@ -135,10 +141,53 @@ Status Sequence::prefill_end() {
   if (!every_layer_given(s)) {
     return make_error(kInvalidArgument, "a layer of the prompt is missing");
   }
+  const std::vector<uint8_t>& queries = s.rank.queries_given;
+  if (std::adjacent_find(queries.begin(), queries.end(), std::not_equal_to<>()) != queries.end()) {
+    return make_error(kInvalidArgument, "queries were given for some layers only");
+  }
   s.header->tokens = s.header->prompt_tokens = s.prompt_tokens;
+  if (s.policy().evict == EvictRule::kRank) {
+    if (const Status ruled = run_prompt_rules(s); !ruled) {
+      s.header->tokens = s.header->prompt_tokens = 0;  // the prompt stays open
+      return ruled;
+    }
+  }
   s.segments()[0].start = s.prompt_tokens;
   s.phase = Phase::kIdle;
   return {};
+}
+
+Status Sequence::prefill_queries(uint32_t layer, const float* q, uint32_t count) {
+  THINKV_TRY(require(state_.get(), Phase::kPrompt, "queries come between prefill and prefill_end"));
+  SequenceState& s = *state_;
+  THINKV_TRY(require_layer(s, layer));
+  if (q == nullptr || count == 0 || count > kScoreWindowMax || count > s.prompt_tokens) {
+    return make_error(kInvalidArgument,
+                      "the newest queries of the prompt are expected: 1 to 64, at most its tokens");
+  }
+  std::vector<uint8_t>& given = s.rank.queries_given;
+  if (s.layer_given[layer] == 0 || given[layer] != 0) {
+    return make_error(kInvalidArgument, "queries come once a layer, after its keys and values");
+  }
+  const bool first = std::all_of(given.begin(), given.end(), [](uint8_t g) { return g == 0; });
+  if (!first && s.rank.query_count != count) {
+    return make_error(kInvalidArgument, "every layer takes the same number of queries");
+  }
+  if (s.policy().evict == EvictRule::kRank) measure_prompt(s, layer, q, count);
+  given[layer] = 1;
+  s.rank.query_count = count;
+  return {};
+}
+
+Status Sequence::token_classes(uint32_t first, std::span<const uint8_t> classes) {
+  if (!state_) return kClosed;
+  if (state_->phase == Phase::kStep) {
+    return make_error(kInvalidArgument, "a step of this sequence is open");
+  }
+  if (first > limits::kTokensMax || classes.size() > limits::kTokensMax - first) {
+    return make_error(kInvalidArgument, "a sequence holds at most 16,777,216 tokens");
+  }
+  return set_classes(*state_, first, classes);
 }
 
 Status Sequence::begin_step() {
@@ -148,6 +197,7 @@ Status Sequence::begin_step() {
   std::fill(s.layer_given.begin(), s.layer_given.end(), uint8_t{0});
   std::fill(s.lane_attended.begin(), s.lane_attended.end(), uint8_t{0});
   std::fill(s.lane_sparsity.begin(), s.lane_sparsity.end(), SparsityCount{});
+  if (s.policy().evict == EvictRule::kRank) begin_rank_step(s);
   s.phase = Phase::kStep;
   return {};
 }
@@ -285,6 +335,9 @@ uint32_t Sequence::tokens() const {
 }
 bool Sequence::in_step() const {
   return state_ && state_->phase == Phase::kStep;
+}
+bool Sequence::selects_at_end() const {
+  return in_step() && (state_->closing || state_->firing);
 }
 PageId Sequence::root() const {
   return state_ ? state_->heap.root() : kNoPage;

@@ -26,9 +26,11 @@ namespace thinkv::kernels {
 
 inline constexpr uint32_t kBudgetOfPolicy = 0;
 inline constexpr uint32_t kBudgetNone = 0xFFFF'FFFFu;
-// What stands in a sequence's header: tokens, or 0 for no budget.
+// What stands in a sequence's header: tokens, or 0 for no budget; of rank rules, whose budget of 0
+// is a rule's own, kBudgetNone stays.
 [[nodiscard]] constexpr uint32_t budget_in_tokens(uint32_t wanted, const PolicyParams& policy) {
   if (wanted == kBudgetOfPolicy) return policy.budget_tokens;
+  if (policy.evict == EvictRule::kRank) return wanted;
   return wanted == kBudgetNone ? 0 : wanted;
 }
 inline constexpr uint32_t kBufferTokens = 16;  // newest tokens of a lane, kept at 16 bits
@@ -94,11 +96,17 @@ class Sequence {
 
   // ---- prompt ----
   // k, v: [tokens, kv_heads, head_dim]. Written at once, in the prompt's formats; never evicted by
-  // the policy, outside the budget. On error nothing of this layer was written.
-  // Errors: kInvalidArgument (layer given before, other token count, a token was decoded), and
-  // those of PageSource::reserve.
+  // TBE and outside its budget, while rank rules count and evict it. On error nothing of this layer
+  // was written. Errors: kInvalidArgument (layer given before, other token count, a token was
+  // decoded), and those of PageSource::reserve.
   [[nodiscard]] Status prefill(uint32_t layer, const float* k, const float* v, uint32_t tokens);
-  // Errors: kInvalidArgument unless every layer was given.
+  // Optional, once a layer after its prefill: q [count, q_heads, head_dim], the newest queries of
+  // the prompt, after rotary embedding, for rank rules that fire at the prompt's end. Without them
+  // those rules wait for the first scores.window steps. All layers or none, the same count.
+  // Errors: kInvalidArgument.
+  [[nodiscard]] Status prefill_queries(uint32_t layer, const float* q, uint32_t count);
+  // Rank rules of the prompt's end run here. Errors: kInvalidArgument unless every layer was given,
+  // and those of PageSource::reserve; the prompt then stays open.
   [[nodiscard]] Status prefill_end();
 
   // ---- one token ----
@@ -129,6 +137,10 @@ class Sequence {
   // kBf16 both mean the model's 16-bit type. Result: slots recoded. On error nothing has changed.
   // Errors: kInvalidArgument, and those of PageSource::reserve.
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
+  // Optional: class bits of the tokens from position `first` on, before or after they come, as
+  // often as wanted; all others are 0. Kept where the policy reads classes. Also while a prompt is
+  // open. Errors: kInvalidArgument, kUnsupported, and those of PageSource::reserve.
+  [[nodiscard]] Status token_classes(uint32_t first, std::span<const uint8_t> classes);
   // kBudgetOfPolicy, kBudgetNone or tokens; a lower budget acts at the next end_step().
   [[nodiscard]] Status set_budget(uint32_t budget_tokens);
 
@@ -140,6 +152,8 @@ class Sequence {
   [[nodiscard]] const PolicyParams& policy() const;
   [[nodiscard]] uint32_t tokens() const;
   [[nodiscard]] bool in_step() const;
+  // The end of the open step selects among the tokens of every lane: more than counting.
+  [[nodiscard]] bool selects_at_end() const;
   [[nodiscard]] PageId root() const;
   // The state for tests and tools; null after release() or detach().
   [[nodiscard]] const SequenceState* state() const { return state_.get(); }

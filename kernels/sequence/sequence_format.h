@@ -7,8 +7,11 @@
 //     SequenceHeader.segments -> policy::Segment [], oldest first, the last one is open
 //   LaneHeader.pages          -> PageDescriptor [], in no order
 //     PageDescriptor.page     -> K/V page (page_format.h)
-//     PageDescriptor.score_*  -> fp16 [slots], decayed attention, where the policy scores
+//     PageDescriptor.score_*  -> attention by slot, where the policy keeps it: fp16 [slots] decayed
+//                                (TBE) or fp32 [slots] sums (rank rules)
 //   LaneHeader.buffer_page    -> two 16-bit K/V pages of 8 slots: the newest tokens
+//   LaneHeader.rank           -> RankLane, where the policy has rank rules
+//     SequenceHeader.classes  -> u8 by position, where its rules read token classes
 //
 // A meta page is cut into granules of 64 bytes; granule 0 is its header, the others are handed out
 // as blocks of neighbouring granules. A vector (VectorHeader) is one block of 2^n granules; where
@@ -30,7 +33,7 @@ namespace thinkv::kernels {
 
 inline constexpr uint32_t kSequenceMagic = 0x53564B54;  // "TKVS"
 inline constexpr uint32_t kMetaPageMagic = 0x4D564B54;  // "TKVM"
-inline constexpr uint32_t kSequenceLayoutVersion = 1;
+inline constexpr uint32_t kSequenceLayoutVersion = 2;
 inline constexpr uint32_t kGranuleBytes = 64;
 inline constexpr uint32_t kBufferPages = 2;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -82,10 +85,23 @@ struct LaneHeader {
   uint32_t free_slots[kFormatCount];   // in this lane's pages of that format: all not live
   uint16_t buffer_score[16];           // fp16
   uint8_t buffer_count;                // tokens in the buffer, 0..16
-  uint8_t reserved[23];
+  uint8_t reserved0[3];
+  BlockRef rank;  // RankLane; kNoneRaw: the policy has no rank rules
+  uint8_t reserved1[12];
 };
 static_assert(sizeof(LaneHeader) == 128 && offsetof(LaneHeader, buffer_score) == 72);
 static_assert(offsetof(LaneHeader, buffer_count) == 104);
+
+// What rank rules keep of a lane beside its pages.
+struct RankLane {
+  float buffer_sum[16];  // of the tokens in the buffer
+  float head_signal;     // of the prompt's queries: truncated entropy
+  uint32_t mask;         // kFirstFit: the mask that was chosen; kMaskFull before
+  uint32_t mask_tokens;  // kFirstFit: tokens outside the mask's classes that stay
+  uint8_t reserved[52];
+};
+static_assert(sizeof(RankLane) == 2 * kGranuleBytes);
+inline constexpr uint32_t kRankLaneGranules = sizeof(RankLane) / kGranuleBytes;
 
 struct SequenceCounters {
   uint64_t evicted_slots;
@@ -112,20 +128,23 @@ struct SequenceHeader {
   float softmax_scale;
   uint32_t tokens;  // positions so far
   uint32_t prompt_tokens;
-  uint32_t budget_tokens;   // 0: none
+  uint32_t budget_tokens;   // TBE: 0 is none; rank rules: kBudgetNone is none
   uint32_t trace_sparsity;  // 0 or 1
   uint64_t data_pages;      // K/V pages, buffers included
-  uint64_t reserved0;
+  uint32_t prompt_queries;  // of each layer that the slots' sums hold
+  uint32_t window_queries;  // of kWindow: queries since the slots were set to 0
   VectorHeader lanes;
   VectorHeader segments;
   SequenceCounters counters;
   PolicyParams policy;
-  uint8_t reserved1[64];
+  VectorHeader classes;  // u8, by position; shorter than the sequence: the others are 0
+  uint32_t waiting;      // 1: rules of the prompt's end wait for queries
+  uint8_t reserved1[44];
 };
 static_assert(offsetof(SequenceHeader, lanes) == 64);
 static_assert(offsetof(SequenceHeader, counters) == 96);
 static_assert(offsetof(SequenceHeader, policy) == 192);
-static_assert(sizeof(SequenceHeader) == 448 && sizeof(SequenceHeader) % kGranuleBytes == 0);
+static_assert(sizeof(SequenceHeader) == 704 && sizeof(SequenceHeader) % kGranuleBytes == 0);
 inline constexpr uint32_t kSequenceHeaderGranules = sizeof(SequenceHeader) / kGranuleBytes;
 inline constexpr uint32_t kSequenceHeaderGranule = 1;  // first block of the root page
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/survivors.h"
 #include "thinkv/internal/check.h"
 
@@ -21,7 +22,8 @@ SequenceState::SequenceState(PageSource& source, const KernelSet& kernel_set,
             .data_pages = nullptr,
             .head_dim = shape.head_dim,
             .wide = shape.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16,
-            .scored = false} {}
+            .scored = false,
+            .sums = false} {}
 
 void SequenceState::create_root(const PolicyParams& policy, bool trace_sparsity) {
   heap.create();
@@ -40,6 +42,24 @@ void SequenceState::create_root(const PolicyParams& policy, bool trace_sparsity)
   header->policy = policy;
   SharedVector<LaneHeader>::initialise(header->lanes);
   SegmentTable::initialise(header->segments);
+  ClassTable::initialise(header->classes);
+}
+
+void SequenceState::push_lanes(SharedVector<LaneHeader> table) {
+  table.grow_for(geometry.lanes());
+  for (uint32_t i = 0; i < geometry.lanes(); ++i) {
+    LaneHeader fresh{};
+    SharedVector<PageDescriptor>::initialise(fresh.pages);
+    fresh.buffer_page[0] = fresh.buffer_page[1] = PageId::kNoneRaw;
+    fresh.rank.page = PageId::kNoneRaw;
+    if (policy().evict == EvictRule::kRank) {
+      fresh.rank = heap.allocate(kRankLaneGranules);
+      auto* rank_lane = reinterpret_cast<RankLane*>(heap.address(fresh.rank));
+      rank_lane->head_signal = std::numeric_limits<float>::quiet_NaN();
+      rank_lane->mask = policy::kMaskFull;
+    }
+    table.push(fresh);
+  }
 }
 
 Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& options) {
@@ -50,17 +70,12 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
   MetaNeed need(heap.granules_per_page());
   lane_table.add_need(geometry.lanes(), need);
   table.add_need(1, need);
+  if (policy.evict == EvictRule::kRank) need.add_blocks(kRankLaneGranules, geometry.lanes());
   if (const Status reserved = pages.reserve(need.pages()); !reserved) {
     heap.destroy();
     return reserved.error();
   }
-  lane_table.grow_for(geometry.lanes());
-  for (uint32_t i = 0; i < geometry.lanes(); ++i) {
-    LaneHeader fresh{};
-    SharedVector<PageDescriptor>::initialise(fresh.pages);
-    fresh.buffer_page[0] = fresh.buffer_page[1] = PageId::kNoneRaw;
-    lane_table.push(fresh);
-  }
+  push_lanes(lane_table);
   table.grow_for(1);
   table.push({.start = 0,
               .end = policy::kOpenEnd,
@@ -80,6 +95,10 @@ bool SequenceState::adopt(PageId root) {
   header = reinterpret_cast<SequenceHeader*>(heap.address({root.raw(), kSequenceHeaderGranule}));
   if (header->lanes.size != geometry.lanes() || header->segments.size == 0) return false;
   view_lanes();
+  const bool ranked = policy().evict == EvictRule::kRank;
+  for (const LaneHeader* lane_header : lanes) {
+    if (ranked != (lane_header->rank.page != PageId::kNoneRaw)) return false;
+  }
   size_scratch();
   return true;
 }
@@ -88,6 +107,7 @@ void SequenceState::destroy() {
   for (uint32_t i = 0; i < lanes.size(); ++i) lane(i).destroy();
   THINKV_CHECK(header->data_pages == 0);
   segments().destroy();
+  classes().destroy();
   SharedVector<LaneHeader>(header->lanes, heap).destroy();
   pages.end_reservation();
   heap.destroy();
@@ -95,7 +115,9 @@ void SequenceState::destroy() {
 
 void SequenceState::view_lanes() {
   store.data_pages = &header->data_pages;
-  store.scored = policy().evict == EvictRule::kTbe && selects_by_scores(policy().select);
+  store.sums = policy::keeps_sums(policy());
+  store.scored =
+      store.sums || (policy().evict == EvictRule::kTbe && selects_by_scores(policy().select));
   const SharedVector<LaneHeader> table(header->lanes, heap);
   lanes.clear();
   lanes.reserve(table.size());
@@ -141,8 +163,14 @@ uint32_t SequenceState::generated_live() const {
   return most;
 }
 
+float SequenceState::flush_decay() const {
+  const bool decays = !store.sums || policy().score_kind == ScoreKind::kDecayed;
+  return decays ? policy().score_decay : 1.0f;
+}
+
 uint32_t SequenceState::budget() const {
-  return policy().evict == EvictRule::kTbe ? header->budget_tokens : 0;
+  if (policy().evict == EvictRule::kNone) return 0;
+  return header->budget_tokens == kBudgetNone ? 0 : header->budget_tokens;
 }
 
 }  // namespace thinkv::kernels

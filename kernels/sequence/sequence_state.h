@@ -8,8 +8,10 @@
 #include <span>
 #include <vector>
 
+#include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/buffer.h"
 #include "kernels/sequence/lane.h"
+#include "kernels/sequence/rank_work.h"
 #include "kernels/sequence/sequence.h"
 #include "kernels/sequence/sequence_format.h"
 #include "kernels/sequence/shared_vector.h"
@@ -17,6 +19,7 @@
 namespace thinkv::kernels {
 
 using SegmentTable = SharedVector<policy::Segment>;
+using ClassTable = SharedVector<uint8_t>;
 
 class SequenceState {
  public:
@@ -33,6 +36,7 @@ class SequenceState {
   void destroy();
 
   [[nodiscard]] SegmentTable segments() const { return {header->segments, *store.heap}; }
+  [[nodiscard]] ClassTable classes() const { return {header->classes, *store.heap}; }
   [[nodiscard]] Lane lane(uint32_t index) const { return {store, *lanes[index]}; }
   [[nodiscard]] uint32_t lane_index(uint32_t layer, uint32_t kv_head) const {
     return layer * geometry.kv_heads + kv_head;
@@ -43,6 +47,8 @@ class SequenceState {
     return is_16bit(format) ? store.wide : format;
   }
   [[nodiscard]] FlushFormats flush_formats() const;
+  // What a flush multiplies the numbers of slots with.
+  [[nodiscard]] float flush_decay() const;
   [[nodiscard]] FlushScratch flush_scratch() { return {k_rows.data(), v_rows.data()}; }
   // Generated live tokens of the fullest lane: what the budget bounds.
   [[nodiscard]] uint32_t generated_live() const;
@@ -60,8 +66,11 @@ class SequenceState {
 
   // The step or prompt in progress.
   Phase phase = Phase::kIdle;
-  bool closing = false;   // this step completes the open segment
-  bool emitting = false;  // this step accumulates scores
+  bool closing = false;     // this step completes the open segment
+  bool emitting = false;    // this step accumulates scores
+  bool flushing = false;    // buffers are flushed at the end of this step
+  bool firing = false;      // rank rules run at the end of this step
+  policy::Moment moment{};  // of rank rules: the end of this step, or of the prompt
   uint32_t prompt_tokens = 0;
   std::vector<uint8_t> layer_given;    // appended in this step, or prefilled
   std::vector<uint8_t> lane_attended;  // in this step
@@ -78,9 +87,11 @@ class SequenceState {
   std::vector<uint32_t> order;
   std::vector<uint8_t> keep;
   AttendScratch attend_scratch;
+  RankWork rank;
 
  private:
   void create_root(const PolicyParams& policy, bool trace_sparsity);
+  void push_lanes(SharedVector<LaneHeader> table);
   void view_lanes();
   void size_scratch();
 };
@@ -93,6 +104,11 @@ void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32
 [[nodiscard]] Status prefill_layer(SequenceState& state, uint32_t layer, const float* k,
                                    const float* v, uint32_t tokens);
 void finish_step(SequenceState& state);
+// What attention sees of a lane: its pages in the order of the table, then the buffer's.
+void collect_views(const SequenceState& state, uint32_t lane, std::vector<PageView>& views);
+// Writes the chosen slots of page `index` again in `format`, then drops them. Requires: room in
+// the lane's table and promised pages for them.
+void recode_slots(SequenceState& state, Lane& lane, uint32_t index, uint64_t chosen, Format format);
 void undo_step(SequenceState& state);
 [[nodiscard]] uint64_t evict_positions(SequenceState& state, std::span<const uint32_t> positions);
 [[nodiscard]] Result<uint64_t> recode(SequenceState& state, uint32_t first, uint32_t end,

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/rank.h"
 #include "kernels/sequence/scores.h"
 #include "kernels/sequence/sequence_state.h"
 #include "thinkv/internal/check.h"
@@ -28,10 +29,13 @@ bool add_lane_need(const SequenceState& state, LaneHeader& header, uint32_t& dat
     count = 0;
   }
   if (promoted || append_needs_page(header, count)) data_pages += 1;
-  if (!state.closing) return true;
-  // Both flushes of one step together never meet a lane: a segment is a multiple of 16 tokens.
-  return add_flush_need(state.store, header, formats, count + 1, position + 1, data_pages, need)
-      .fits;
+  // Both flushes of one step together never meet a lane: both come at multiples of 16 tokens.
+  if (state.flushing &&
+      !add_flush_need(state.store, header, formats, count + 1, position + 1, data_pages, need)
+           .fits) {
+    return false;
+  }
+  return !state.firing || add_rank_need(state, Lane(state.store, header), data_pages, need);
 }
 
 bool closes_segment(const SequenceState& state) {
@@ -49,6 +53,9 @@ Status reserve_step(SequenceState& state) {
   }
   state.closing = closes_segment(state);
   state.emitting = state.store.scored && header.counters.steps % state.policy().score_every == 0;
+  state.firing = false;
+  state.flushing = state.closing;
+  if (state.policy().evict == EvictRule::kRank) plan_rank_step(state);
   uint32_t data_pages = 0;
   MetaNeed need(state.heap.granules_per_page());
   for (LaneHeader* lane : state.lanes) {
@@ -70,8 +77,8 @@ void append_layer(SequenceState& state, uint32_t layer, const float* k, const fl
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
     LaneHeader& lane = *state.lanes[state.lane_index(layer, head)];
     if (lane.buffer_count == kBufferTokens) {
-      state.header->counters.reused_slots += flush_buffer(
-          state.store, lane, formats, state.policy().score_decay, state.flush_scratch());
+      state.header->counters.reused_slots +=
+          flush_buffer(state.store, lane, formats, state.flush_decay(), state.flush_scratch());
     }
     const size_t row = size_t{head} * dim;
     std::copy_n(k + row, dim, state.k_rows.data());
@@ -84,8 +91,6 @@ void append_layer(SequenceState& state, uint32_t layer, const float* k, const fl
                      state.header->tokens);
   }
 }
-
-namespace {
 
 void collect_views(const SequenceState& state, uint32_t lane_index, std::vector<PageView>& views) {
   const Lane lane = state.lane(lane_index);
@@ -103,8 +108,6 @@ void collect_views(const SequenceState& state, uint32_t lane_index, std::vector<
                      .format = state.store.wide});
   }
 }
-
-}  // namespace
 
 void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32_t lane, bool emit,
                      const float* q, float* out, float* lse, AttendScratch& scratch) {
@@ -129,7 +132,12 @@ void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32
                         .probabilities = emit ? scratch.probabilities.data() : nullptr,
                         .reduce = static_cast<GqaReduce>(state.policy().score_reduce)});
   if (rotate) state.kernels.rotate_back(out, group, dim);
-  if (emit) accumulate_scores(state.lane(lane), scratch.probabilities.data());
+  if (!emit) return;
+  if (state.store.sums) {
+    accumulate_sums(state.lane(lane), scratch.probabilities.data());
+  } else {
+    accumulate_scores(state.lane(lane), scratch.probabilities.data());
+  }
 }
 
 void undo_step(SequenceState& state) {

@@ -99,6 +99,15 @@ static void null_arguments(void) {
   bad = kt;
   bad.dtype = 7;
   FAILS(thinkv_sequence_prefill(sequence, 0, &bad, &vt, &error), THINKV_UNSUPPORTED, "type 7");
+  FAILS(thinkv_sequence_prefill_queries(sequence, 0, NULL, &error), THINKV_INVALID_ARGUMENT,
+        "q is null");
+  bad = kt;
+  bad.shape[0] = 65;
+  FAILS(thinkv_sequence_prefill_queries(sequence, 0, &bad, &error), THINKV_INVALID_ARGUMENT,
+        "q has 65 queries, at most 64");
+  FAILS(thinkv_sequence_token_classes(sequence, 0, NULL, 3, &error), THINKV_INVALID_ARGUMENT,
+        "classes is null");
+  OK(thinkv_sequence_token_classes(sequence, 0, NULL, 0, &error));
   thinkv_client_close(client);
 }
 

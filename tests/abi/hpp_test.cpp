@@ -89,6 +89,25 @@ TEST_F(HppTest, DecodesAndReportsThroughResults) {
   EXPECT_EQ(client->status_json()->front(), '{');
 }
 
+TEST_F(HppTest, HintsOfThePromptReachTheRules) {
+  Result<Client> client = Client::open(options);
+  ASSERT_TRUE(client) << last_error_text();
+  Result<Model> model = client->model(shape);
+  ASSERT_TRUE(model) << last_error_text();
+  Result<Sequence> sequence = model->sequence("snapkv", 33);
+  ASSERT_TRUE(sequence) << last_error_text();
+  const std::vector<float> rows(size_t{40} * 2 * 64, 1.0f);
+  const uint8_t classes[] = {1, 0, 2};
+  ASSERT_TRUE(sequence->token_classes(0, classes)) << last_error_text();
+  const thinkv_tensor k = tensor(rows.data(), {40, 1, 64});
+  ASSERT_FALSE(sequence->prefill_queries(0, tensor(rows.data(), {32, 2, 64})));
+  EXPECT_NE(std::string(last_error_text()).find("prefill"), std::string::npos);
+  ASSERT_TRUE(sequence->prefill(0, k, k)) << last_error_text();
+  ASSERT_TRUE(sequence->prefill_queries(0, tensor(rows.data(), {32, 2, 64}))) << last_error_text();
+  ASSERT_TRUE(sequence->prefill_end()) << last_error_text();
+  EXPECT_EQ(sequence->stats()->live_slots, 33u);
+}
+
 TEST_F(HppTest, StepDroppedWithoutEndIsCancelled) {
   Result<Client> client = Client::open(options);
   ASSERT_TRUE(client) << last_error_text();

@@ -9,6 +9,7 @@
 #include "daemon/ops/config.h"
 #include "daemon/ops/policy_file.h"
 #include "thinkv/internal/check.h"
+#include "thinkv/internal/policy_check.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size > 8192) return 0;  // longer texts only repeat

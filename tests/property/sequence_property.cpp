@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <optional>
 
+#include "tests/support/random_rules.h"
 #include "tests/support/sequence_fixture.h"
 
 namespace thinkv::kernels {
@@ -89,7 +90,8 @@ class Subject {
     if (dice < 80) return evict();
     if (dice < 86) return quantize();
     if (dice < 92) return half_step();
-    if (dice < 96) return reattach();
+    if (dice < 95) return reattach();
+    if (dice < 97) return token_classes();
     return set_budget();
   }
 
@@ -120,7 +122,12 @@ class Subject {
     p.sink_format = random_format();
     p.sink_tokens = below(3) == 0 ? below(20) : 0;
     p.rotate = below(4) == 0 ? 0 : 1;
-    if (below(2) == 0) return p;
+    const uint32_t kind = below(3);
+    if (kind == 0) return p;
+    if (kind == 1) {
+      testing::draw_rules(p, *random_);
+      return p;
+    }
     p.evict = EvictRule::kTbe;
     p.select = static_cast<SelectRule>(below(4));
     p.grain = static_cast<SelectGrain>(below(2));
@@ -171,6 +178,7 @@ class Subject {
 
   void prefill() {
     const uint32_t count = 1 + below(70);
+    const uint32_t queries = below(2) == 0 ? 0 : 1 + below(count);
     for (uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       const auto k = draw(count), v = draw(count);
       const uint64_t held = pool_->held();
@@ -188,9 +196,19 @@ class Subject {
                                    format_of(t, policy_.prompt_format), false);
         }
       }
+      if (queries == 0) continue;
+      const auto q = tokens_->rows(queries, geometry_.q_heads);
+      ASSERT_TRUE(sequence_->prefill_queries(layer, q.data(), queries).has_value());
     }
-    ASSERT_TRUE(sequence_->prefill_end().has_value());
+    const uint64_t held = pool_->held();
+    if (const Status ended = sequence_->prefill_end(); !ended) {
+      EXPECT_EQ(ended.error().code, ErrorCode::kExhausted);
+      EXPECT_EQ(pool_->held(), held);
+      ++refusals_;
+      return reopen();
+    }
     tokens_seen_ = prompt_ = segment_start_ = count;
+    if (policy_.evict == EvictRule::kRank) adopt_rules();
   }
 
   void reopen() {
@@ -244,6 +262,15 @@ class Subject {
       for (LaneModel& lane : lanes_) flush(lane);
     }
     if (policy_.evict == EvictRule::kTbe) adopt_evictions();
+    if (policy_.evict == EvictRule::kRank) {
+      // Rules that fire at a multiple of 16 find the buffers flushed.
+      const bool flushed = sequence_->state()->lanes.front()->buffer_count == 0;
+      EXPECT_TRUE(!flushed || (tokens_seen_ - prompt_) % kBufferTokens == 0);
+      for (LaneModel& lane : lanes_) {
+        if (flushed) flush(lane);
+      }
+      adopt_rules();
+    }
   }
 
   // Which tokens the policy drops is the policy's; that it only drops closed, generated ones, to a
@@ -263,6 +290,49 @@ class Subject {
       }
       ASSERT_EQ(actual.size(), lanes_[i].size()) << "a token came back";
     }
+  }
+
+  // Which tokens rules drop or recode is theirs; that they leave the buffer, the protected and all
+  // values alone, and count what they do, is checked here.
+  void adopt_rules() {
+    for (uint32_t i = 0; i < lanes_.size(); ++i) {
+      const LaneModel actual = testing::read_lane(*sequence_, i);
+      for (auto it = lanes_[i].begin(); it != lanes_[i].end();) {
+        const auto found = actual.find(it->first);
+        if (found == actual.end()) {
+          ASSERT_FALSE(it->second.buffered) << "a rule evicted from the buffer";
+          ASSERT_FALSE(protected_by_all(it->first)) << "a rule evicted what it protects";
+          it = lanes_[i].erase(it);
+          continue;
+        }
+        if (found->second.format != it->second.format) {
+          ASSERT_FALSE(it->second.buffered);
+          ASSERT_EQ(found->second.format, policy_.rules[0].recode_format);
+          it->second =
+              through_format(it->second.k, it->second.v, policy_.rules[0].recode_format, false);
+          ASSERT_EQ(found->second, it->second);
+        }
+        ++it;
+      }
+      ASSERT_EQ(actual.size(), lanes_[i].size()) << "a token came back";
+    }
+    recoded_ = sequence_->stats().recoded_slots;
+  }
+  bool protected_by_all(uint32_t position) const {
+    bool all = true;
+    for (uint32_t i = 0; i < policy_.rule_count; ++i) {
+      const RankRule& r = policy_.rules[i];
+      const bool recent = position + r.recent >= tokens_seen_;
+      all = all && (position < r.sinks || recent);
+    }
+    return all;
+  }
+
+  // As often as the policy reads them or not.
+  void token_classes() {
+    const std::vector<uint8_t> classes(1 + below(90), static_cast<uint8_t>(below(4)));
+    const uint64_t held = pool_->held();
+    static_cast<void>(accepted(sequence_->token_classes(below(tokens_seen_ + 1), classes), held));
   }
 
   void half_step() {

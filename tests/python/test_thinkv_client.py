@@ -215,7 +215,7 @@ class CallersErrors(ThinkvdCase):
         self.model = self.client.model(**SHAPE)
 
     def test_unknown_policy_names_the_known_ones(self):
-        with self.assertRaisesRegex(thinkv.NotFoundError, "thinkv"):
+        with self.assertRaisesRegex(thinkv.NotFoundError, "there are: .*h2o"):
             self.model.sequence(policy="no-such-policy")
 
     def test_unsupported_head_dim_and_bad_geometry(self):

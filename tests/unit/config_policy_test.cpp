@@ -11,6 +11,7 @@
 
 #include "daemon/ops/policy_file.h"
 #include "daemon/ops/yaml_tree.h"
+#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::ops {
 namespace {
@@ -158,7 +159,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadPolicy{"name: q\n" + kGood.substr(8), "p.yaml:1: name: must be the file's name, \"p\""},
         BadPolicy{kGood + "budget: 5\n",
                   "p.yaml:6: budget: unknown key; allowed here: name, description, formats, "
-                  "rotation, sinks, segment, labels, evict, scores, kmeans_iterations"},
+                  "rotation, sinks, segment, labels, evict, scores, rules, kmeans_iterations"},
         BadPolicy{kGood + "rotation: none\n", "p.yaml:6: rotation: given twice, first in line 5"},
         BadPolicy{kGood.substr(0, kGood.size() - 9) + "yes\n",
                   "p.yaml:5: rotation: \"yes\" is not known; allowed: hadamard, none"},
@@ -170,7 +171,7 @@ INSTANTIATE_TEST_SUITE_P(
                   "p.yaml:3: formats.thoughts.execution: must be given\n"
                   "p.yaml:3: formats.thoughts.transition: must be given"},
         BadPolicy{kGood + "evict: {rule: lru}\n",
-                  "p.yaml:6: evict.rule: \"lru\" is not known; allowed: tbe, none"},
+                  "p.yaml:6: evict.rule: \"lru\" is not known; allowed: tbe, rank, none"},
         BadPolicy{"- a", "p.yaml:1: keys and values are expected, not a list"},
         BadPolicy{"", "p.yaml: keys and values are expected, not nothing"}));
 
@@ -195,7 +196,7 @@ INSTANTIATE_TEST_SUITE_P(
                   "p.yaml:6: segment.tokens: must be a multiple of 16, the tokens of a flush"},
         BadPolicy{kGood + "evict: {rule: tbe}\n", "p.yaml:6: evict.schedule: must be given"},
         BadPolicy{kGood + "evict: {rule: none, budget: 512}\n",
-                  "p.yaml:6: evict.budget: has no effect without evict.rule: tbe"},
+                  "p.yaml:6: evict.budget: has no effect without evict.rule: tbe or rank"},
         BadPolicy{kGood + "evict: {rule: tbe, schedule: [64, 64]}\n",
                   "p.yaml:6: evict.schedule: 1 to 8 falling numbers below segment.tokens (128) "
                   "are allowed, none of them 0: a segment is never removed whole"},

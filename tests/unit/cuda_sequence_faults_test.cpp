@@ -153,5 +153,18 @@ TEST(CudaSequenceSizes, WhatTheDeviceCannotHoldIsRefused) {
   EXPECT_EQ(supported(geometry_of(32, 8, 128), p).error().code, ErrorCode::kInvalidArgument);
 }
 
+TEST(CudaSequenceSizes, RankRulesAreRefusedUntilTheyHaveKernels) {
+  PolicyParams p = policy_of(Format::kF16);
+  p.evict = EvictRule::kRank;
+  p.budget_tokens = 64;
+  p.rule_count = 1;
+  p.rules[0].every = 1;
+  p.rules[0].position = 1.0f;
+  const Status rules = supported(geometry_of(32, 8, 128), p);
+  ASSERT_FALSE(rules.has_value());
+  EXPECT_EQ(rules.error().code, ErrorCode::kUnsupported);
+  EXPECT_NE(std::string(rules.error().what).find("host backend only"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace thinkv::cuda

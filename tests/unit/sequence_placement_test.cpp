@@ -214,7 +214,7 @@ TEST(SequenceAttach, RefusesWhatIsNotASequence) {
     restore();
     return attached ? ErrorCode::kOk : attached.error().code;
   };
-  EXPECT_EQ(refused_with([&] { header->version = 2; }, [&] { header->version = 1; }),
+  EXPECT_EQ(refused_with([&] { header->version += 1; }, [&] { header->version -= 1; }),
             ErrorCode::kVersionMismatch);
   EXPECT_EQ(refused_with([&] { header->head_dim = 65; }, [&] { header->head_dim = 64; }),
             ErrorCode::kUnsupported);

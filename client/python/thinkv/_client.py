@@ -170,8 +170,8 @@ class Model(Handle):
         *,
         trace_sparsity: bool = False,
     ) -> Sequence:
-        """Opens a sequence. budget: generated live tokens of a lane; None: the policy's;
-        0: none. name: for the caller alone."""
+        """Opens a sequence. budget: live tokens of a lane, as the policy counts them; None: the
+        policy's; 0: none. name: for the caller alone."""
         options = c.SequenceOptions(
             struct_size=ctypes.sizeof(c.SequenceOptions),
             budget_tokens=_budget(budget),
@@ -225,6 +225,21 @@ class Sequence(Handle):
     def prefill_end(self) -> None:
         """Ends the prompt, after every layer was given."""
         call("thinkv_sequence_prefill_end", self._handle)
+
+    def prefill_queries(self, layer: int, q: Any) -> None:
+        """q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt, after rotary
+        embedding. Optional, for policies with rules that fire at the prompt's end: for all layers
+        or for none, each after its prefill and before prefill_end."""
+        shape = (None, self.model.q_heads, self.model.head_dim)
+        check = as_device if self.model.on_gpu else as_input
+        queries = check("q", q, shape)
+        call("thinkv_sequence_prefill_queries", self._handle, layer, byref(queries.tensor))
+
+    def token_classes(self, classes: Iterable[int], first: int = 0) -> None:
+        """Class bits (0 to 255; bit n: class n) of the tokens at positions first, first + 1, ...;
+        before or after they come. Optional, for policies with rules that protect classes."""
+        bits = bytes(classes)
+        call("thinkv_sequence_token_classes", self._handle, first, bits, len(bits))
 
     def evict(self, positions: Iterable[int]) -> int:
         """Evicts tokens by position in every lane; result: (token, lane) pairs evicted."""

@@ -194,6 +194,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "thinkv_sequence_copy": (c_int32, [_HANDLE, _OUT, _E]),
     "thinkv_version": (c_char_p, []),
     "thinkv_status_name": (c_char_p, [c_int32]),
+    "thinkv_sequence_prefill_queries": (c_int32, [_HANDLE, c_uint32, _T, _E]),
+    "thinkv_sequence_token_classes": (c_int32, [_HANDLE, c_uint32, c_char_p, c_size_t, _E]),
 }
 
 

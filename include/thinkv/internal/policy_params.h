@@ -2,6 +2,7 @@
 //
 // Made from config/policies/*.yaml by the daemon, sent to clients over the control socket, copied
 // into each sequence's metadata and read by the refresh on whatever device runs it.
+// What goes together is said in policy_check.h.
 // Source of the method: arXiv 2510.01290 (ThinKV), reference numbers beside the fields.
 #pragma once
 
@@ -9,6 +10,7 @@
 #include <type_traits>
 
 #include "thinkv/internal/format.h"
+#include "thinkv/internal/rank_rule.h"
 
 namespace thinkv {
 
@@ -17,7 +19,8 @@ inline constexpr uint32_t kThoughtCount = 3;
 
 enum class EvictRule : uint8_t {
   kNone = 0,
-  kTbe = 1,  // segments step down a retention schedule on transitions and over budget
+  kTbe = 1,   // segments step down a retention schedule on transitions and over budget
+  kRank = 2,  // rules over the tokens of a lane (rank_rule.h)
 };
 // Which tokens of a segment survive a demotion.
 enum class SelectRule : uint8_t {
@@ -65,35 +68,14 @@ struct PolicyParams {
   float near_zero = 0.01f;             // share of the row maximum
   float score_decay = 0.97f;           // of accumulated attention, per 16 tokens
   uint32_t kmeans_iterations = 4;
-  uint32_t reserved[11] = {};
+  // kRank.
+  ScoreKind score_kind = ScoreKind::kDecayed;
+  uint8_t rule_count = 0;
+  uint16_t score_window = 1;  // W: prompt queries that count; of kWindow, decode steps too
+  uint32_t reserved[10] = {};
+  RankRule rules[kRulesMax] = {};
 };
 static_assert(std::is_trivially_copyable_v<PolicyParams>);
-static_assert(sizeof(PolicyParams) == 192);
-
-// What the core and the step both rely on. Requires nothing: any bytes may be checked.
-[[nodiscard]] constexpr bool policy_params_valid(const PolicyParams& p) {
-  bool ok = p.name[kPolicyNameMax - 1] == '\0' && p.name[0] != '\0';
-  ok = ok && format_valid(static_cast<uint8_t>(p.prompt_format));
-  ok = ok && format_valid(static_cast<uint8_t>(p.sink_format));
-  for (const Format f : p.thought_format) ok = ok && format_valid(static_cast<uint8_t>(f));
-  ok = ok && p.rotate <= 1 && static_cast<uint8_t>(p.evict) <= 1;
-  ok = ok && static_cast<uint8_t>(p.select) <= 3 && static_cast<uint8_t>(p.grain) <= 1;
-  ok = ok && static_cast<uint8_t>(p.floor_rule) <= 1 && static_cast<uint8_t>(p.order) <= 1;
-  ok = ok && p.demote_on_transition <= 1 && p.score_reduce <= 2 && p.score_every >= 1;
-  ok = ok && p.schedule_length <= kScheduleMax && p.label_layer_count <= kLabelLayersMax;
-  // Flushes of 16 must not straddle two labels; medoids hold one segment in memory.
-  ok = ok && p.segment_tokens >= 16 && p.segment_tokens <= 1024 && p.segment_tokens % 16 == 0;
-  if (!ok) return false;
-  for (uint32_t i = 0; i < p.schedule_length; ++i) {
-    const uint32_t before = i == 0 ? p.segment_tokens : p.schedule[i - 1];
-    // Evict to a floor, never to zero: a removed segment makes models loop (paper, ablation).
-    if (p.schedule[i] == 0 || p.schedule[i] >= before) return false;
-  }
-  if (p.evict == EvictRule::kTbe && p.schedule_length == 0) return false;
-  if (!(p.near_zero > 0.0f && p.near_zero < 1.0f)) return false;
-  if (!(p.score_decay > 0.0f && p.score_decay <= 1.0f)) return false;
-  if (p.label_layer_count > 0 && !(p.thresholds[0] <= p.thresholds[1])) return false;
-  return p.kmeans_iterations >= 1 && p.kmeans_iterations <= 16;
-}
+static_assert(sizeof(PolicyParams) == 192 + kRulesMax * sizeof(RankRule));
 
 }  // namespace thinkv

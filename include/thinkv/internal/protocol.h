@@ -142,7 +142,7 @@ struct PolicyReply {
   uint32_t reserved[15];
   PolicyParams params;
 };
-static_assert(sizeof(PolicyReply) == 256);
+static_assert(sizeof(PolicyReply) == 64 + sizeof(PolicyParams));
 
 struct StatusReply {
   uint64_t json_bytes;

@@ -1,0 +1,70 @@
+// c_api_hints.cpp: thinkv.h's hints for policies with rules: the prompt's queries, token classes.
+#include "client/abi.h"
+#include "client/abi_guard.h"
+#include "client/error_text.h"
+#include "client/objects.h"
+#include "client/tensor.h"
+#include "thinkv/internal/limits.h"
+#include "thinkv/internal/rank_rule.h"
+#include "thinkv/thinkv.h"
+
+namespace thinkv::client {
+namespace {
+
+Status prefill_queries(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* q) {
+  THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  const ModelGeometry& geometry = pin->model->geometry;
+  if (q == nullptr) return null_argument("q");
+  const int64_t shape[] = {kAny, geometry.q_heads, geometry.head_dim};
+  const int64_t count = q->ndim == 3 ? q->shape[0] : 1;
+  if (count > int64_t{kScoreWindowMax}) {
+    return describe(ErrorCode::kInvalidArgument, "q has %lld queries, at most %u",
+                    static_cast<long long>(count), kScoreWindowMax);
+  }
+  // No policy with rules opens on the cuda backend, so the values are not looked at: they may lie
+  // in GPU memory.
+  if (pin->gpu) {
+    THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
+    static_cast<void>(unused);
+    return {};
+  }
+  std::vector<float> rows;
+  THINKV_ASSIGN_OR_RETURN(const float* data, input_rows("q", q, shape, rows));
+  return pin->sequence->prefill_queries(layer, data, static_cast<uint32_t>(count));
+}
+
+Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* classes,
+                     size_t count) {
+  THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  if (classes == nullptr && count > 0) return null_argument("classes");
+  if (count > limits::kTokensMax) {
+    return describe(ErrorCode::kInvalidArgument, "%zu classes, at most %u", count,
+                    limits::kTokensMax);
+  }
+  if (pin->gpu) return {};
+  const Status told = pin->sequence->token_classes(first, std::span(classes, count));
+  pin->source->settle();
+  THINKV_TRY(told);
+  return pin->report();
+}
+
+}  // namespace
+}  // namespace thinkv::client
+
+// At global scope: a declaration inside a namespace would lose the header's visibility.
+namespace impl = thinkv::client;
+
+extern "C" {
+
+thinkv_status thinkv_sequence_prefill_queries(thinkv_sequence* sequence, uint32_t layer,
+                                              const thinkv_tensor* q, thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::prefill_queries(sequence, layer, q); });
+}
+
+thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence, uint32_t first,
+                                            const uint8_t* classes, size_t count,
+                                            thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::token_classes(sequence, first, classes, count); });
+}
+
+}  // extern "C"

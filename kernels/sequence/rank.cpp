@@ -1,0 +1,163 @@
+// rank.cpp: which rules run when, the pages that they can need, and what becomes of the rows.
+#include "kernels/sequence/rank.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "kernels/sequence/scores.h"
+#include "thinkv/internal/check.h"
+
+namespace thinkv::kernels {
+namespace {
+
+constexpr Error kLaneFull =
+    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
+
+// A flush of 16 tokens in two runs adds at most this many pages of 8 slots.
+constexpr uint32_t kFlushPagesMax = kBufferTokens / kBufferPageSlots + 1;
+
+// The most tokens of a lane that a rule can recode.
+uint32_t recode_bound(const Lane& lane, const RankRule& rule, const policy::Moment& moment) {
+  if (rule.action != RankAction::kRecode) return 0;
+  if (rule.select == RankSelect::kThreshold && !policy::fires_for_prompt(rule, moment)) return 1;
+  uint32_t count = lane.header().buffer_count + 1u;  // a flush of this step may bring them
+  lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+    if (page.format == static_cast<uint8_t>(rule.recode_format)) return;
+    count += static_cast<uint32_t>(std::popcount(page.live));
+  });
+  return count;
+}
+
+void recode_rows(SequenceState& state, const RankRule& rule, Lane& lane, const RankHead& head) {
+  std::vector<uint64_t>& chosen = state.rank.chosen;
+  chosen.assign(lane.pages().size(), 0);
+  uint32_t count = 0;
+  for (uint32_t i = 0; i < head.size(); ++i) {
+    const SlotRow& row = head.rows[i];
+    if (head.fate[i] != kRecode) continue;
+    if (lane.pages()[row.page].format == static_cast<uint8_t>(rule.recode_format)) continue;
+    chosen[row.page] |= uint64_t{1} << row.slot;
+    ++count;
+  }
+  if (count == 0) return;
+  lane.grow_for(lane.new_pages(rule.recode_format, count));
+  for (uint32_t page = 0; page < chosen.size(); ++page) {
+    if (chosen[page] != 0) recode_slots(state, lane, page, chosen[page], rule.recode_format);
+  }
+  SequenceCounters& counters = state.header->counters;
+  counters.recoded_slots += count;
+  counters.recoded_bytes +=
+      count *
+      uint64_t{page_layout(rule.recode_format, state.geometry.head_dim).slot_payload_bytes()};
+}
+
+// Evictions first: a recoded token may take a slot that they free.
+void apply_fates(SequenceState& state, const RankRule& rule, uint32_t lane_index,
+                 const RankHead& head) {
+  Lane lane = state.lane(lane_index);
+  uint32_t evicted = 0, of_prompt = 0;
+  for (uint32_t i = 0; i < head.size(); ++i) {
+    if (head.fate[i] != kDrop) continue;
+    lane.drop(head.rows[i].page, uint64_t{1} << head.rows[i].slot);
+    of_prompt += head.rows[i].position < state.header->prompt_tokens ? 1 : 0;
+    ++evicted;
+  }
+  recode_rows(state, rule, lane, head);
+  lane.header().live_prompt -= of_prompt;
+  state.header->counters.evicted_slots += evicted;
+  lane.sweep();
+}
+
+// Result: false where what is protected is more than the budget of some head.
+bool run_rule(SequenceState& state, const RankRule& rule) {
+  bool reached = true;
+  for (uint32_t layer = 0; layer < state.geometry.layers; ++layer) {
+    if (!set_limits(state, rule, layer)) continue;
+    load_heads(state, rule, layer);
+    choose_fates(state, rule, layer);
+    for (uint32_t h = 0; h < state.geometry.kv_heads; ++h) {
+      const RankHead& head = state.rank.heads[h];
+      reached = reached && (is_adaptive(rule.budget) || head.surplus() <= head.free());
+      apply_fates(state, rule, state.lane_index(layer, h), head);
+    }
+  }
+  return reached;
+}
+
+void run_rules(SequenceState& state) {
+  const PolicyParams& p = state.policy();
+  bool reached = true;
+  for (uint32_t i = 0; i < p.rule_count; ++i) {
+    if (!policy::fires(p, p.rules[i], state.moment)) continue;
+    reached = run_rule(state, p.rules[i]) && reached;
+  }
+  if (!reached) state.header->counters.over_budget_steps += 1;
+}
+
+}  // namespace
+
+void plan_rank_step(SequenceState& state) {
+  const SequenceHeader& header = *state.header;
+  state.moment = {.generated = header.tokens + 1 - header.prompt_tokens,
+                  .waiting = header.waiting != 0};
+  state.emitting = policy::measures(state.policy(), state.moment);
+  state.firing = policy::any_fires(state.policy(), state.moment);
+  // Buffers are empty after every 16th token, so rules that fire there find all tokens in pages.
+  state.flushing = state.closing || (state.firing && state.moment.generated % kBufferTokens == 0);
+}
+
+bool add_rank_need(const SequenceState& state, const Lane& lane, uint32_t& data_pages,
+                   MetaNeed& need) {
+  const PolicyParams& p = state.policy();
+  uint32_t pages = kFlushPagesMax;
+  for (uint32_t i = 0; i < p.rule_count; ++i) {
+    const RankRule& rule = p.rules[i];
+    if (!policy::fires(p, rule, state.moment)) continue;
+    const uint32_t count = recode_bound(lane, rule, state.moment);
+    if (count == 0) continue;
+    // Free slots of the format are not relied on: the step's flush or an earlier rule takes them.
+    const uint32_t slots = page_layout(rule.recode_format, state.geometry.head_dim).slots;
+    const uint32_t more = (count + slots - 1) / slots;
+    data_pages += more;
+    pages += more;
+    // As if the table grew at once by all that comes before too: a bound of its growths in turn.
+    if (!lane.add_need(rule.recode_format, pages, need)) return false;
+  }
+  return true;
+}
+
+void begin_rank_step(SequenceState& state) {
+  if (!policy::starts_window(state.policy(), state.moment)) return;
+  for (uint32_t i = 0; i < state.lanes.size(); ++i) clear_sums(state.lane(i));
+  state.header->window_queries = 0;
+}
+
+void run_step_rules(SequenceState& state) {
+  SequenceHeader& header = *state.header;
+  if (state.emitting) header.window_queries += 1;
+  if (state.firing) run_rules(state);
+  if (policy::waiting_is_over(state.policy(), state.moment.generated)) header.waiting = 0;
+}
+
+Status run_prompt_rules(SequenceState& state) {
+  SequenceHeader& header = *state.header;
+  const PolicyParams& p = state.policy();
+  // All layers or none (prefill_end).
+  const bool given = state.rank.queries_given.front() != 0;
+  header.prompt_queries = given ? std::min<uint32_t>(state.rank.query_count, p.score_window) : 0;
+  header.window_queries = header.prompt_queries;
+  header.waiting = !given && policy::any_waits_for_queries(p) ? 1 : 0;
+  state.moment = {.generated = 0, .waiting = header.waiting != 0};
+  if (!policy::any_fires(p, state.moment)) return {};
+  uint32_t data_pages = 0;
+  MetaNeed need(state.heap.granules_per_page());
+  for (LaneHeader* lane : state.lanes) {
+    if (!add_rank_need(state, Lane(state.store, *lane), data_pages, need)) return kLaneFull;
+  }
+  THINKV_TRY(state.pages.reserve(data_pages + need.pages()));
+  run_rules(state);
+  state.pages.end_reservation();
+  return {};
+}
+
+}  // namespace thinkv::kernels

@@ -1,0 +1,113 @@
+// rank_prompt.cpp: what the engine tells about a prompt: its newest queries, classes of tokens.
+#include <algorithm>
+#include <bit>
+
+#include "kernels/policy/matrix_entropy.h"
+#include "kernels/policy/rank_trigger.h"
+#include "kernels/sequence/rank.h"
+#include "kernels/sequence/scores.h"
+
+namespace thinkv::kernels {
+namespace {
+
+// The slots of a page whose tokens are not newer than `position`.
+uint64_t slots_seen(const Lane& lane, const PageDescriptor& page, uint32_t position) {
+  if (page.last_position <= position) return page.live;
+  uint64_t seen = 0;
+  for (uint64_t left = page.live; left != 0; left &= left - 1) {
+    const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+    if (lane.position(page, slot) <= position) seen |= uint64_t{1} << slot;
+  }
+  return seen;
+}
+
+void measure_query(SequenceState& state, uint32_t lane_index, uint32_t position, const float* q) {
+  const Lane lane = state.lane(lane_index);
+  AttendScratch& scratch = state.attend_scratch;
+  const uint32_t dim = state.geometry.head_dim;
+  const uint32_t group = state.geometry.group();
+  scratch.views.clear();
+  lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+    scratch.views.push_back({.bytes = state.pages.address(page.page),
+                             .live = slots_seen(lane, page, position),
+                             .format = static_cast<Format>(page.format)});
+  });
+  // The query rows, then the output and its lse, which nobody reads.
+  const size_t values = size_t{group} * dim;
+  scratch.query.resize(2 * values + group);
+  std::copy_n(q, values, scratch.query.data());
+  if (state.policy().rotate != 0) state.kernels.rotate(scratch.query.data(), group, dim);
+  scratch.probabilities.resize(scratch.views.size() * kSlotsPerPageMax);
+  state.kernels.attend({.pages = scratch.views,
+                        .head_dim = dim,
+                        .group = group,
+                        .q = scratch.query.data(),
+                        .softmax_scale = state.softmax_scale,
+                        .out = scratch.query.data() + values,
+                        .lse = scratch.query.data() + 2 * values,
+                        .probabilities = scratch.probabilities.data(),
+                        .reduce = static_cast<GqaReduce>(state.policy().score_reduce)});
+  accumulate_sums(lane, scratch.probabilities.data());
+}
+
+// The truncated entropy of the newest query rows of a kv head.
+float query_entropy(SequenceState& state, uint32_t head, const float* q, uint32_t count) {
+  const size_t values = size_t{state.geometry.group()} * state.geometry.head_dim;
+  const size_t stride = size_t{state.geometry.q_heads} * state.geometry.head_dim;
+  const uint32_t queries =
+      std::min(count, std::max(policy::kEntropyRowsMax / state.geometry.group(), 1u));
+  std::vector<float>& rows = state.rank.numbers;
+  rows.resize(queries * values);
+  for (uint32_t i = 0; i < queries; ++i) {
+    std::copy_n(q + (count - queries + i) * stride + head * values, values,
+                rows.data() + i * values);
+  }
+  return policy::truncated_entropy(rows, state.geometry.head_dim);
+}
+
+}  // namespace
+
+void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32_t count) {
+  const PolicyParams& p = state.policy();
+  const size_t values = size_t{state.geometry.group()} * state.geometry.head_dim;
+  const size_t stride = size_t{state.geometry.q_heads} * state.geometry.head_dim;
+  const uint32_t used = std::min<uint32_t>(count, p.score_window);
+  for (uint32_t h = 0; h < state.geometry.kv_heads; ++h) {
+    const uint32_t lane = state.lane_index(layer, h);
+    if (policy::reads_entropy(p))
+      state.lane(lane).rank().head_signal = query_entropy(state, h, q, count);
+    if (!state.store.sums) continue;
+    for (uint32_t i = count - used; i < count; ++i) {
+      measure_query(state, lane, state.prompt_tokens - count + i, q + i * stride + h * values);
+    }
+  }
+}
+
+Status set_classes(SequenceState& state, uint32_t first, std::span<const uint8_t> classes) {
+  if (classes.empty() || !policy::reads_classes(state.policy())) return {};
+  ClassTable table = state.classes();
+  const auto end = static_cast<uint32_t>(first + classes.size());
+  if (end > table.size_max()) {
+    return make_error(ErrorCode::kUnsupported, "classes of so late tokens cannot be held");
+  }
+  if (end > table.size()) {
+    const uint32_t more = end - table.size();
+    MetaNeed need(state.heap.granules_per_page());
+    table.add_need(more, need);
+    THINKV_TRY(state.pages.reserve(need.pages()));
+    table.grow_for(more);
+    for (uint32_t i = 0; i < more; ++i) table.push(0);
+    state.pages.end_reservation();
+  }
+  for (size_t i = 0; i < classes.size(); ++i) {
+    table[static_cast<uint32_t>(first + i)] = classes[i];
+  }
+  return {};
+}
+
+uint8_t class_of(const SequenceState& state, uint32_t position) {
+  const ClassTable table = state.classes();
+  return position < table.size() ? table[position] : uint8_t{0};
+}
+
+}  // namespace thinkv::kernels

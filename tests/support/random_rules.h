@@ -1,0 +1,75 @@
+// random_rules.h: rank policies drawn by chance, all of them valid.
+#pragma once
+
+#include <random>
+
+#include "thinkv/internal/policy_check.h"
+
+namespace thinkv::testing {
+
+class RuleDice {
+ public:
+  explicit RuleDice(std::mt19937_64& random) : random_(&random) {}
+  uint32_t below(uint32_t n) { return static_cast<uint32_t>((*random_)() % n); }
+  float weight() { return below(2) == 0 ? 0.0f : static_cast<float>(1 + below(3)); }
+
+ private:
+  std::mt19937_64* random_;
+};
+
+// Any rule, of which most contradict something.
+inline RankRule draw_rule(RuleDice dice) {
+  const auto below = [&](uint32_t n) { return dice.below(n); };
+  const auto weight = [&] { return dice.weight(); };
+  constexpr uint16_t kEvery[] = {0, 1, 1, 5, 16, 24};
+  RankRule r;
+  r.every = kEvery[below(6)];
+  r.at_prompt_end = static_cast<uint8_t>(below(2));
+  r.counts = static_cast<BudgetCount>(below(2));
+  r.budget = static_cast<BudgetRule>(below(8));
+  r.budget_percent = static_cast<uint8_t>(50 + below(51));
+  r.representative_percent = static_cast<uint8_t>(below(60));
+  r.group_count = 2;
+  r.group_share[0] = 3;
+  r.group_share[1] = 1;
+  r.budget_low = static_cast<float>(below(8)) / 4.0f;
+  r.budget_high = r.budget_low + 0.5f;
+  r.select = static_cast<RankSelect>(below(6));
+  r.action = static_cast<RankAction>(below(2));
+  r.recent = static_cast<uint16_t>(below(20));
+  r.sinks = static_cast<uint16_t>(below(6));
+  r.classes = static_cast<uint8_t>(below(4));
+  r.anchor = static_cast<Anchor>(below(5));
+  r.pool = static_cast<Pool>(below(3));
+  r.pool_width = r.pool == Pool::kNone ? 1 : 5;
+  r.attention = weight();
+  r.similarity = -weight();
+  r.position = weight();
+  r.random = weight();
+  r.value_norm = static_cast<uint8_t>(below(2));
+  r.frequent_percent = r.local_percent = 20;
+  r.special_classes = 1;
+  r.punctuation_classes = 2;
+  return r;
+}
+
+// Draws until the rules go together. All recode to one format, so that no token is recoded twice.
+inline void draw_rules(PolicyParams& p, std::mt19937_64& random) {
+  RuleDice dice(random);
+  p.evict = EvictRule::kRank;
+  p.segment_tokens = 16 * (1 + dice.below(3));
+  p.rule_count = static_cast<uint8_t>(1 + dice.below(kRulesMax));
+  do {
+    p.grain = static_cast<SelectGrain>(dice.below(2));
+    p.budget_tokens = 8 + dice.below(60);
+    p.score_kind = static_cast<ScoreKind>(dice.below(4));
+    p.score_window = static_cast<uint16_t>(1 + dice.below(20));
+    const auto recode = static_cast<Format>(1 + dice.below(kFormatCount - 1));
+    for (uint32_t i = 0; i < p.rule_count; ++i) {
+      p.rules[i] = draw_rule(dice);
+      p.rules[i].recode_format = recode;
+    }
+  } while (!policy_params_valid(p));
+}
+
+}  // namespace thinkv::testing
