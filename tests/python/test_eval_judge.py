@@ -13,7 +13,7 @@ from engine_support import TINY, FakePoolModel, tiny_model  # puts tools/ on the
 
 from engine.batch import TILE_ROWS, TiledCache, for_batches
 from engine.caches import PoolCache
-from eval import policies, reference, scores, search, table, task, texts
+from eval import free, policies, reference, scores, search, table, task, texts
 from eval.store import Store, key_of
 
 EVICTING = "name: p\nevict: {rule: tbe, budget: 64}\n"
@@ -209,12 +209,12 @@ class Tiles(unittest.TestCase):
                     cache.prefill(layer, k, k)
                 cache.prefill_end()
                 tiled = TiledCache(cache, len(chosen))
-                self.assertEqual(tiled.rows % TILE_ROWS, 0)
+                self.assertEqual(tiled.rows, TILE_ROWS)
                 return fast.step_batch([7] * tiled.rows, tiled)[: len(chosen)]
 
         together = logits(damages)
         for index, damage in enumerate(damages):
-            np.testing.assert_allclose(logits([damage])[0], together[index], atol=1e-5)
+            np.testing.assert_array_equal(logits([damage])[0], together[index])
         self.assertGreater(np.abs(together[0] - together[2]).max(), 1e-3)
 
 
@@ -292,6 +292,24 @@ class Table(unittest.TestCase):
             layers = json.loads(file.with_name("layers.json").read_text())
             self.assertEqual(layers[0]["attention_error"], [0.1, 0.2])
             self.assertIn("| x | 0.5000 |", file.with_suffix(".md").read_text())
+
+
+class FreeText(unittest.TestCase):
+    def test_agreement_ends_at_the_first_difference(self) -> None:
+        self.assertEqual(free.agreement([1, 2, 3, 4], [1, 2, 9, 4]), 2)
+        self.assertEqual(free.agreement([1, 2], [1, 2]), 2)
+
+    def test_repetition_is_the_share_of_runs_that_were_there_before(self) -> None:
+        self.assertEqual(free.repetition(list(range(50))), 0.0)
+        self.assertEqual(free.repetition([1, 2, 3, 4] * 2), 1 - 4 / 5)
+        self.assertGreater(free.repetition([7] * 100), 0.98)
+
+    def test_settings_are_those_that_met_the_point(self) -> None:
+        rows = [{"policy": name, "reached": reached, "memory_fraction": point, "prompt": "short",
+                 "knob_value": value}
+                for name, reached, point, value in (
+                    ("x", True, 0.25, 64.0), ("x", True, 0.12, 32.0), ("y", False, 0.25, None))]
+        self.assertEqual(free.settings(rows, 0.25), {"x": 64.0})
 
 
 class Recording(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""Many sequences in one step of the model: weights in the faster order, rows in whole tiles."""
+"""Many sequences in one step of the model: weights in the faster order, a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from .caches import Cache, Step
 from .gguf_weights import Layer, Weights
 
-# A matrix product works on whole tiles of rows. A batch that is filled up to whole tiles takes the
-# same path for every row, so a row's result does not depend on how many others there are.
-TILE_ROWS = 16
+# A matrix product rounds by its number of rows, and an eviction that hangs on the last bit then
+# goes another way. A batch that is always filled up to this many rows gives each sequence the same
+# bits whoever else is in it; more sequences than this are two batches.
+TILE_ROWS = 32
 
 
 def for_batches(weights: Weights) -> Weights:
@@ -34,12 +35,14 @@ def for_batches(weights: Weights) -> Weights:
 
 
 class TiledCache:
-    """A cache of `sequences` sequences as the model sees it: with idle rows up to whole tiles."""
+    """A cache of up to TILE_ROWS sequences as the model sees it: with idle rows up to a tile."""
 
     def __init__(self, cache: Cache, sequences: int) -> None:
         self._cache = cache
+        if not 0 < sequences <= TILE_ROWS:
+            raise ValueError(f"TiledCache: 1 to {TILE_ROWS} sequences, not {sequences}")
         self.sequences = sequences
-        self.rows = -(-sequences // TILE_ROWS) * TILE_ROWS
+        self.rows = TILE_ROWS
         self.prefill = cache.prefill
         self.prefill_end = cache.prefill_end
 

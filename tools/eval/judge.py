@@ -64,7 +64,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         help="short (64 tokens), long (75 %% of the text); default both")
     parser.add_argument("--tokens", type=int, help="only so many tokens of each text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--batch", type=int, default=BATCH, help="runs in one step (default 32)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="runs in one task, so many are "
+                        "lost by a kill at most (default 32: one step's)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that still hold")
     parser.add_argument("--rows", type=pathlib.Path, default=ROWS, help="the rows as they are "
                         "found (default build/eval/rows.jsonl)")

@@ -28,7 +28,8 @@ QUESTIONS = {
         "A farmer has 17 rows of 12 apple trees. A storm fells 29 trees, and he plants 4 new trees "
         "for each 10 that are left, rounded down. How many trees does he have? Explain each step.",
         "A train leaves at 9:40 and drives 210 km at 84 km per hour. A second train leaves at "
-        "10:10 and drives the same way at 105 km per hour. Which one arrives first? Show your reasoning.",
+        "10:10 and drives the same way at 105 km per hour. Which one arrives first? Show your "
+        "reasoning.",
         "Find the sum of all numbers from 1 to 60 that 4 or 6 divides. Think step by step.",
         "A tank of 480 litres is filled by two pipes, of 12 and 8 litres a minute, and a leak "
         "loses 4 litres a minute. After how long is it full? Check your answer in a second way.",

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from engine.batch import TILE_ROWS
 from engine.model import Model
 
 from .force import Forced, force
@@ -120,11 +121,12 @@ class Judge:
         for _ in range(1 + RETRIES):
             needed = sorted({(name, index) for (name, _), index in chosen.items()
                              if index is not None and (name, index) not in forced})
-            if needed:
-                runs = [self._run(by_name[name], index) for name, index in needed]
+            for first in range(0, len(needed), TILE_ROWS):
+                part = needed[first : first + TILE_ROWS]
+                runs = [self._run(by_name[name], index) for name, index in part]
                 found = force(self._model, self._reference, self._task.text.answers, self._prompt,
                               runs, self._tick)
-                forced.update(zip(needed, found))
+                forced.update(zip(part, found))
             over = [each for each, index in chosen.items()
                     if index is not None
                     and forced[each[0], index].bytes > self._target(each[1])]
