@@ -13,7 +13,7 @@ from engine_support import TINY, FakePoolModel, tiny_model  # puts tools/ on the
 
 from engine.batch import TILE_ROWS, TiledCache, for_batches
 from engine.caches import PoolCache
-from eval import free, policies, reference, scores, search, table, task, texts
+from eval import free, judge, policies, reference, scores, search, table, task, texts
 from eval.store import Store, key_of
 
 EVICTING = "name: p\nevict: {rule: tbe, budget: 64}\n"
@@ -292,6 +292,47 @@ class Table(unittest.TestCase):
             layers = json.loads(file.with_name("layers.json").read_text())
             self.assertEqual(layers[0]["attention_error"], [0.1, 0.2])
             self.assertIn("| x | 0.5000 |", file.with_suffix(".md").read_text())
+
+
+class Plan(unittest.TestCase):
+    def plan(self, store: Store, batch: int = 4) -> list[list[task.Task]]:
+        chosen = [texts.Text(name, "tune", list(range(200)), frozenset()) for name in "abc"]
+        several = [policy(name) for name in "wxyz"]
+        with mock.patch.object(judge, "library_digest", lambda: "lib"):
+            return judge.plan(chosen, ["short", "long"], several, [1.0, 0.25, 0.12], batch, store)
+
+    def test_every_policy_meets_every_text_once_and_the_first_text_comes_first(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            stages = self.plan(Store(pathlib.Path(folder) / "rows", False))
+        self.assertEqual({each.text.name for each in stages[0]}, {"a"})
+        self.assertEqual({each.text.name for each in stages[1]}, {"b", "c"})
+        every = [(each.text.name, each.mode, one.name)
+                 for stage in stages for each in stage for one in each.policies]
+        self.assertEqual(len(every), len(set(every)))
+        self.assertEqual(len(every), 3 * 2 * 4)
+        self.assertTrue(all(len(each.policies) == 2 for stage in stages for each in stage))
+
+    def test_rows_that_are_there_are_not_done_again(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(pathlib.Path(folder) / "rows", False)
+            keys = [key for each in self.plan(store)[0] for key in each.keys()]
+            store.add([{"key": key} for key in keys[:-1]])
+            left = self.plan(store)
+        self.assertEqual([[one.name for one in each.policies] for each in left[0]], [["z"]])
+        self.assertEqual(len(left[1]), 8)
+
+    def test_settings_of_the_first_text_are_where_the_others_begin(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(pathlib.Path(folder) / "rows", False)
+            stages = self.plan(store)
+            first = stages[0][0]
+            store.add([{"key": key, "reached": order != 1, "knob_share": 0.1 * order}
+                       for order, key in enumerate(first.keys())])
+            other = next(each for each in stages[1] if each.mode == first.mode
+                         and each.policies[0].name == first.policies[0].name)
+            judge.with_guesses(other, first.text, store)
+        self.assertEqual(other.guesses, {("w", 0.25): 0.0, ("x", 0.25): 0.2,
+                                         ("x", 0.12): 0.1 * 3})
 
 
 class FreeText(unittest.TestCase):

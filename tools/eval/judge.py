@@ -101,10 +101,10 @@ def _texts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[texts.Text
 
 def plan(
     chosen: list[texts.Text], modes: list[str], policies: list[Policy], points: list[float],
-    batch: int, store: Store,
+    batch: int, store: Store, piloted: bool = True,
 ) -> list[list[Task]]:
     """Two stages of tasks without those whose rows are there: the first text finds the settings
-    that the searches on the other texts begin with."""
+    that the searches on the other texts begin with. piloted False: all texts at once."""
     size = max(1, batch // max(1, len(points) - (FULL in points)))
     stages: list[list[Task]] = [[], []]
     for order, text in enumerate(chosen):
@@ -112,7 +112,7 @@ def plan(
             wanted = [policy for policy in policies if any(
                 key not in store
                 for key in Task(text, mode, [policy], points, library_digest()).keys())]
-            stages[min(order, 1)] += [
+            stages[min(order, 1) if piloted else 0] += [
                 Task(text, mode, wanted[first : first + size], points, library_digest())
                 for first in range(0, len(wanted), size)]
     return stages
@@ -186,7 +186,7 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         raise ValueError("no text is left")
     store = Store(options.rows, options.resume)
-    stages = plan(chosen, modes, policies, points, options.batch, store)
+    stages = plan(chosen, modes, policies, points, options.batch, store, not options.quick)
     _model = Model(for_batches(file.weights()))
     _done = multiprocessing.get_context("fork").Value("q", 0)
     carry_out(stages, options.jobs, chosen[0], store)
