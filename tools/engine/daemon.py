@@ -52,13 +52,15 @@ def _config_on_gpu(text: str) -> str:
     return text
 
 
-def _config_without_metrics(text: str, folder: pathlib.Path) -> str:
+def _config_without_metrics(
+    text: str, folder: pathlib.Path, policies: list[pathlib.Path] | None = None
+) -> str:
     """The configuration with the metrics port off and the policy folders made absolute, because
-    the copy lies elsewhere."""
+    the copy lies elsewhere; `policies` are further folders."""
 
     def absolute(match: re.Match[str]) -> str:
-        names = [name.strip() for name in match.group(2).split(",")]
-        return f"{match.group(1)}[{', '.join(str(folder / name) for name in names)}]"
+        names = [str(folder / name.strip()) for name in match.group(2).split(",")]
+        return f"{match.group(1)}[{', '.join(names + [str(each) for each in policies or []])}]"
 
     text, ports = re.subn(r"(?m)^(\s+port:).*$", r"\1 off", text)
     text, folders = re.subn(r"(?m)^(\s+directories:\s*)\[([^]]*)\]", absolute, text)
@@ -73,11 +75,22 @@ class Daemon:
 
     metrics False switches the Prometheus port off; True switches it off only if it is taken.
     gpu: the folder of a build with the cuda backend, whose pool is on the first GPU.
+    policies: folders of policy files beside those of the configuration; pool: the size of the pool
+    in place of the configured one, for example "4GiB". Both need metrics False.
     """
 
-    def __init__(self, metrics: bool = False, config: pathlib.Path = CONFIG,
-                 gpu: pathlib.Path | None = None) -> None:
+    def __init__(
+        self,
+        metrics: bool = False,
+        config: pathlib.Path = CONFIG,
+        *,
+        gpu: pathlib.Path | None = None,
+        policies: list[pathlib.Path] | None = None,
+        pool: str | None = None,
+    ) -> None:
         self._gpu = gpu
+        if metrics and (policies or pool):
+            raise ValueError("Daemon: policies and pool need a private configuration")
         base = os.environ.get("XDG_RUNTIME_DIR")
         if not base or not os.access(base, os.W_OK):
             base = None
@@ -88,7 +101,7 @@ class Daemon:
         self._kept = False
         self.notes: list[str] = []
         try:
-            self._config = self._choose_config(config, metrics)
+            self._config = self._choose_config(config, metrics, policies, pool)
             self._start()
         except BaseException:
             self.stop()
@@ -138,7 +151,13 @@ class Daemon:
                 self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _choose_config(self, config: pathlib.Path, metrics: bool) -> pathlib.Path:
+    def _choose_config(
+        self,
+        config: pathlib.Path,
+        metrics: bool,
+        policies: list[pathlib.Path] | None,
+        pool: str | None,
+    ) -> pathlib.Path:
         text = config.read_text() if self._gpu is None else _config_on_gpu(config.read_text())
         port = re.search(r"(?m)^\s+port:\s*(\d+)", text)
         wanted = metrics and port is not None and _port_is_free(int(port.group(1)))
@@ -147,7 +166,12 @@ class Daemon:
         if metrics and port and not wanted:
             self.notes.append(f"port {port.group(1)} is taken: this thinkvd runs without metrics")
         private = self.folder / "thinkvd.yaml"
-        private.write_text(_config_without_metrics(text, config.parent.resolve()))
+        text = _config_without_metrics(text, config.parent.resolve(), policies)
+        if pool is not None:
+            text, sizes = re.subn(r"(?m)^(  bytes:).*$", rf"\1 {pool}", text)
+            if sizes != 1:
+                raise DaemonError(f"{config}: no single pool size")
+        private.write_text(text)
         return private
 
     def _start(self) -> None:

@@ -55,7 +55,7 @@ class Model:
 
         hidden = self._forward(np.asarray(tokens), np.arange(len(tokens)), attention)
         cache.prefill_end()
-        return self._logits(hidden[-1:])[0]
+        return self.logits(hidden[-1:])[0]
 
     def step(self, token: int, cache: Cache) -> np.ndarray:
         """One decode step. Returns the logits [vocab] after `token`."""
@@ -70,7 +70,7 @@ class Model:
                 return step.attend(layer, q)
 
             hidden = self._forward(np.asarray(tokens), step.positions, attention)
-        return self._logits(hidden)
+        return self.logits(hidden)
 
     def hidden_states(
         self, tokens: list[int], attention: LayerAttention | None = None
@@ -82,7 +82,11 @@ class Model:
 
     def log_probs(self, hidden: np.ndarray) -> np.ndarray:
         """Log-probabilities [rows, vocab] of the next token. 0.2 MB a row: give it blocks."""
-        return log_softmax(self._logits(hidden))
+        return log_softmax(self.logits(hidden))
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """[rows, vocab] of last hidden states [rows, width]."""
+        return self._norm(hidden, self._weights.output_norm) @ self._weights.output.T
 
     def _forward(
         self, tokens: np.ndarray, positions: np.ndarray, attention: LayerAttention
@@ -126,6 +130,3 @@ class Model:
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         mean = np.square(x).mean(axis=-1, keepdims=True, dtype=np.float32)
         return x / np.sqrt(mean + self._eps) * weight
-
-    def _logits(self, hidden: np.ndarray) -> np.ndarray:
-        return self._norm(hidden, self._weights.output_norm) @ self._weights.output.T

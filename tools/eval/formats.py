@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--policies", default=",".join(ORDER), metavar="A,B,...",
                         help="default: all formats")
     parser.add_argument("--tokens", type=int, default=768, help="default 768")
-    parser.add_argument("--text", type=pathlib.Path, help="default: tools/eval/texts/prose.txt")
+    parser.add_argument("--text", type=pathlib.Path,
+                        help="default: tune/prose.txt of tools/eval/texts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     rows = measure(options.policies.split(","), options.tokens, options.text)

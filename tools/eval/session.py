@@ -28,7 +28,7 @@ class Session:
 
     def text(self, tokens: int, path: pathlib.Path | None = None) -> list[int]:
         """The first `tokens` tokens of a text. Raises ValueError when it is shorter."""
-        source = path or TEXTS / "prose.txt"
+        source = path or TEXTS / "tune" / "prose.txt"
         found = self.tokenizer.encode(source.read_text(encoding="utf-8"))
         if not PROMPT_TOKENS < tokens <= len(found):
             raise ValueError(
