@@ -154,7 +154,7 @@ TEST(CudaSequenceSizes, WhatTheDeviceCannotHoldIsRefused) {
 }
 
 TEST(CudaSequenceSizes, RankRulesAreRefusedUntilTheyHaveKernels) {
-  PolicyParams p = policy_of(Format::kF16);
+  PolicyParams p = plain_policy(Format::kF16);
   p.evict = EvictRule::kRank;
   p.budget_tokens = 64;
   p.rule_count = 1;

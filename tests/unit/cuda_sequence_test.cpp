@@ -122,7 +122,7 @@ TEST(CudaSequence, TrimmingIsAnEvictionOfAllButTheNewest) {
     for (const uint32_t keep : {1u, 16u, 17u, 40u, 1000u}) {
       SCOPED_TRACE(std::string(format_info(format).name) + " " + std::to_string(keep));
       TwinBatch batch({.geometry = geometry_of(2, 2, 64)});
-      batch.open(0, policy_of(format));
+      batch.open(0, plain_policy(format));
       batch.prefill(0, 90);
       for (uint32_t round = 0; round < 3; ++round) {
         // With the buffer empty, and with some tokens in it.
