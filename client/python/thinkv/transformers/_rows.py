@@ -16,6 +16,7 @@ from .._batch import Batch
 from .._client import Sequence
 from ._attention import carry, fresh_attention
 from ._block import Tail, attend_block
+from ._choose import rejoin, sum_of, take_rows
 from ._exact import with_sinks
 from ._mask import left_padding, padding_of, real_mask
 from ._pool import PoolModels
@@ -300,10 +301,10 @@ class Rows:
             raise IndexError(f"rows {indices} of a cache with {count}")
         if not self.sequences or indices == list(range(count)):
             return
-        before, self.sequences = self.sequences, _take(self.sequences, indices)
+        before, self.sequences = self.sequences, take_rows(self.sequences, indices)
         if len(indices) == count and self.batches:
             for batch, old, new in zip(self.batches, before, self.sequences):
-                _rejoin(batch, old, new)
+                rejoin(batch, old, new)
         else:
             self._close_batches()
         for group in before:
@@ -362,52 +363,5 @@ class Rows:
         for row in range(len(self.sequences[0]) if self.sequences else 0):
             parts = [group[row] for group in self.sequences]
             known = [part.stats() for part in parts if part is not None]
-            rows.append(_sum(known) if known else {})
+            rows.append(sum_of(known) if known else {})
         return rows
-
-
-def _sum(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(parts) == 1:
-        return parts[0]
-    added = ("bytes_held", "bytes_f16", "metadata_bytes", "pages", "evicted_slots", "slots_reused")
-    largest = ("tokens", "live_tokens_max", "live_tokens")
-    return {
-        **{name: sum(part[name] for part in parts) for name in added},
-        **{name: max(part[name] for part in parts) for name in largest},
-    }
-
-
-def _take(
-    groups: list[list[Sequence | None]], indices: list[int]
-) -> list[list[Sequence | None]]:
-    """The sequences of `indices` in each group; a second one of the same row is a copy. All copies
-    or none."""
-    chosen: list[list[Sequence | None]] = [[None] * len(indices) for _ in groups]
-    # A row that stays where it is needs not join again.
-    order = sorted(range(len(indices)), key=lambda place: indices[place] != place)
-    copies: list[Sequence] = []
-    try:
-        for group, new in zip(groups, chosen):
-            taken: set[int] = set()
-            for place in order:
-                source = group[indices[place]]
-                if source is not None and indices[place] in taken:
-                    source = source.copy()
-                    copies.append(source)
-                new[place] = source
-                taken.add(indices[place])
-    except BaseException:
-        for copy in copies:
-            copy.close()
-        raise
-    return chosen
-
-
-def _rejoin(batch: Batch, old: list[Sequence | None], new: list[Sequence | None]) -> None:
-    changed = [row for row, (a, b) in enumerate(zip(old, new)) if a is not b]
-    for row in changed:
-        if old[row] is not None:
-            batch.leave(row)
-    for row in changed:
-        if new[row] is not None:
-            batch.join(row, new[row])
