@@ -4,6 +4,7 @@
 // or recoded, by the reference codec in a page of the model's own. It knows nothing of pages and
 // slots. Checked: the live positions, every decoded value bit for bit, page ownership and
 // conservation, counters, and that a call that fails for want of pages has changed nothing.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
@@ -178,7 +179,8 @@ class Subject {
 
   void prefill() {
     const uint32_t count = 1 + below(70);
-    const uint32_t queries = below(2) == 0 ? 0 : 1 + below(count);
+    const uint32_t queries =
+        below(2) == 0 ? 0 : 1 + below(std::min<uint32_t>(count, kScoreWindowMax));
     for (uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       const auto k = draw(count), v = draw(count);
       const uint64_t held = pool_->held();
