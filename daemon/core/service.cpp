@@ -162,7 +162,7 @@ Result<Service::Impl::Tables> Service::Impl::tables_of(const Config& config) con
 
 Status Service::Impl::configure(const Config& config) {
   THINKV_ASSIGN_OR_RETURN(Tables next, tables_of(config));
-  policies_ = std::move(next.policies);
+  policies_ = next.policies;
   tenants_ = std::move(next.tenants);
   clients_per_uid_ = config.clients_per_uid;
   return {};
