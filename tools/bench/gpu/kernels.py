@@ -114,7 +114,9 @@ class Run:
                 self.note(name.split("-")[0], str(reason))
             except (RuntimeError, MemoryError, ValueError, AssertionError) as reason:
                 text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-                self.note(f"{name} at {case.label()}", text)
+                shape = f"{case.q_heads}/{case.kv_heads}/{case.head_dim}"
+                # Without the paths of the peer's own source files.
+                self.note(f"{name} at {shape}", text.rsplit(".cu:", 1)[-1])
                 try:
                     torch.cuda.synchronize()
                 except RuntimeError as lost:
