@@ -21,7 +21,8 @@ constexpr std::array kBudgets = {Choice<BudgetRule>{"fixed", BudgetRule::kFixed}
                                  Choice<BudgetRule>{"split", BudgetRule::kSplit},
                                  Choice<BudgetRule>{"max_drop", BudgetRule::kMaxDrop},
                                  Choice<BudgetRule>{"threshold", BudgetRule::kThreshold},
-                                 Choice<BudgetRule>{"first_fit", BudgetRule::kFirstFit}};
+                                 Choice<BudgetRule>{"first_fit", BudgetRule::kFirstFit},
+                                 Choice<BudgetRule>{"shared", BudgetRule::kShared}};
 constexpr std::array kSelections = {Choice<RankSelect>{"topk", RankSelect::kTopK},
                                     Choice<RankSelect>{"argmin1", RankSelect::kArgMin1},
                                     Choice<RankSelect>{"threshold", RankSelect::kThreshold},
@@ -95,7 +96,8 @@ void refuse_foreign(MapReader* budget, BudgetRule rule) {
                {"frequent", BudgetRule::kFirstFit, "first_fit"},
                {"local", BudgetRule::kFirstFit, "first_fit"},
                {"special", BudgetRule::kFirstFit, "first_fit"},
-               {"punctuation", BudgetRule::kFirstFit, "first_fit"}};
+               {"punctuation", BudgetRule::kFirstFit, "first_fit"},
+               {"least", BudgetRule::kShared, "shared"}};
   for (const auto& [key, of, name] : kKeys) {
     if (rule == of || !budget->has(key)) continue;
     budget->fail(*budget->node(key), key,
@@ -119,6 +121,7 @@ void read_budget(MapReader budget, RankRule* rule) {
   budget.decimal("drop", kBelowZero, 1.0, &rule->budget_low);
   budget.decimal("low", kBelowZero, kWeightMax, &rule->budget_low);
   budget.decimal("recover", kBelowZero, 1.0, &rule->budget_low);
+  budget.decimal("least", kBelowZero, 1.0, &rule->budget_low);
   budget.decimal("high", kBelowZero, kWeightMax, &rule->budget_high);
   read_percent(&budget, "frequent", &rule->frequent_percent);
   read_percent(&budget, "local", &rule->local_percent);

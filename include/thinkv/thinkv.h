@@ -244,7 +244,7 @@ typedef struct thinkv_sequence_stats {
   uint64_t bytes_f16;  /* what a 16-bit cache of the same tokens takes */
   uint64_t evicted_slots;
   uint64_t reused_slots;   /* new tokens written into evicted slots */
-  uint64_t gathered_bytes; /* moved for compaction: always 0 */
+  uint64_t gathered_bytes; /* moved where a policy cut the prompt; decoding moves none */
   uint64_t recoded_slots;
   uint64_t demotions; /* of segments */
   uint64_t over_budget_steps;

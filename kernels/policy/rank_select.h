@@ -58,6 +58,41 @@ inline bool drop_lowest(std::span<const float> score, std::span<const uint8_t> f
   return true;
 }
 
+// ---- shared: the heads of a layer compete (Ada-KV, arXiv 2407.11550) ----
+
+struct SharedRow {
+  float score;
+  uint32_t head;
+  uint32_t row;  // of the head; of equal scores the newer stays, then the lower head
+  [[nodiscard]] bool above(const SharedRow& other) const {
+    if (score != other.score) return score > other.score;
+    return row != other.row ? row > other.row : head < other.head;
+  }
+};
+
+// How many rows each head keeps of those that may go: `target` in all, each head its first `least`
+// ones, the best of the others wherever they are. candidates: rows that may go, those of a head one
+// after the other and its best first; reordered. least, places [heads].
+inline void share_places(std::span<SharedRow> candidates, std::span<const uint32_t> least,
+                         uint32_t target, std::span<uint32_t> places) {
+  std::fill(places.begin(), places.end(), 0u);
+  size_t open = 0;
+  uint32_t given = 0;
+  for (const SharedRow& each : candidates) {
+    if (given < target && places[each.head] < least[each.head]) {
+      places[each.head] += 1;
+      given += 1;
+    } else {
+      candidates[open++] = each;
+    }
+  }
+  const size_t left = std::min<size_t>(target - given, open);
+  if (left == 0) return;
+  std::nth_element(candidates.begin(), candidates.begin() + (left - 1), candidates.begin() + open,
+                   [](const SharedRow& a, const SharedRow& b) { return a.above(b); });
+  for (size_t i = 0; i < left; ++i) places[candidates[i].head] += 1;
+}
+
 // ---- max_drop: DBudgetKV (arXiv 2502.16886) ----
 
 // How many rows of `order` (least important first) every head of a layer drops: the largest m with

@@ -83,6 +83,9 @@ struct Moment {
   if (moment.waiting) return true;
   const uint32_t interval = attention_interval(policy);
   if (interval == 0) return false;
+  if (policy.score_kind == ScoreKind::kDecayed) {
+    return (moment.generated - 1) % policy.score_every == 0;
+  }
   if (policy.score_kind != ScoreKind::kWindow) return true;
   return (moment.generated - 1) % interval >= interval - policy.score_window;
 }

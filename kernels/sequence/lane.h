@@ -1,6 +1,6 @@
 // lane.h: the pages and slots of one lane (one kv head of one layer of one sequence).
 //
-// Slots that are not live are all writable; nothing ever moves to make room. A write in format F
+// Slots that are not live are all writable; no write moves a token. A write in format F
 // takes, in this order: evicted slots of F pages, oldest page first; slots of F pages that were
 // never written; new pages. A page whose last live slot is dropped goes back at the next sweep().
 #pragma once
@@ -67,6 +67,10 @@ class Lane {
   void drop(uint32_t page_index, uint64_t slots);
   // Gives back the pages that drop() emptied. Indices of descriptors change.
   void sweep();
+  // Moves tokens, bit for bit, until every format has as few pages as its tokens need, and gives
+  // back the others. Takes no page. Result: bytes moved (codes and scales). Indices of descriptors
+  // and slots of tokens change. (compact.cpp)
+  uint64_t compact();
   // Gives back everything, the buffer included.
   void destroy();
 
@@ -99,6 +103,8 @@ class Lane {
   [[nodiscard]] PageDescriptor& push_page(Format format, uint32_t page);
   // Writes rows from `from` on into the lowest of `slots`. Result: the next row.
   uint32_t write_slots(PageDescriptor& page, uint64_t slots, const TokenRows& rows, uint32_t from);
+  // Result: tokens moved.
+  uint32_t move_tokens(PageDescriptor& from, std::span<const uint32_t> order, uint32_t& to);
 
   const LaneStore* store_;
   LaneHeader* header_;

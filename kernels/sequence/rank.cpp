@@ -16,13 +16,19 @@ constexpr Error kLaneFull =
 // A flush of 16 tokens in two runs adds at most this many pages of 8 slots.
 constexpr uint32_t kFlushPagesMax = kBufferTokens / kBufferPageSlots + 1;
 
+// A token never gains bits that its codes no longer have.
+bool lowers(Format to, const PageDescriptor& page, const Lane& lane) {
+  const PageLayout& from = lane.layout(page);
+  return page_layout(to, from.head_dim).slot_payload_bytes() < from.slot_payload_bytes();
+}
+
 // The most tokens of a lane that a rule can recode.
 uint32_t recode_bound(const Lane& lane, const RankRule& rule, const policy::Moment& moment) {
   if (rule.action != RankAction::kRecode) return 0;
   if (rule.select == RankSelect::kThreshold && !policy::fires_for_prompt(rule, moment)) return 1;
   uint32_t count = lane.header().buffer_count + 1u;  // a flush of this step may bring them
   lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
-    if (page.format == static_cast<uint8_t>(rule.recode_format)) return;
+    if (!lowers(rule.recode_format, page, lane)) return;
     count += static_cast<uint32_t>(std::popcount(page.live));
   });
   return count;
@@ -35,7 +41,7 @@ void recode_rows(SequenceState& state, const RankRule& rule, Lane& lane, const R
   for (uint32_t i = 0; i < head.size(); ++i) {
     const SlotRow& row = head.rows[i];
     if (head.fate[i] != kRecode) continue;
-    if (lane.pages()[row.page].format == static_cast<uint8_t>(rule.recode_format)) continue;
+    if (!lowers(rule.recode_format, lane.pages()[row.page], lane)) continue;
     chosen[row.page] |= uint64_t{1} << row.slot;
     ++count;
   }
@@ -77,7 +83,8 @@ bool run_rule(SequenceState& state, const RankRule& rule) {
     choose_fates(state, rule, layer);
     for (uint32_t h = 0; h < state.geometry.kv_heads; ++h) {
       const RankHead& head = state.rank.heads[h];
-      reached = reached && (is_adaptive(rule.budget) || head.surplus() <= head.free());
+      reached = reached && (is_adaptive(rule.budget) || rule.budget == BudgetRule::kShared ||
+                            head.surplus() <= head.free());
       apply_fates(state, rule, state.lane_index(layer, h), head);
     }
   }
@@ -92,6 +99,14 @@ void run_rules(SequenceState& state) {
     reached = run_rule(state, p.rules[i]) && reached;
   }
   if (!reached) state.header->counters.over_budget_steps += 1;
+}
+
+// A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In
+// decoding nothing moves: evicted slots are written again within a few flushes.
+void compact_lanes(SequenceState& state) {
+  for (uint32_t i = 0; i < state.lanes.size(); ++i) {
+    state.header->gathered_bytes += state.lane(i).compact();
+  }
 }
 
 }  // namespace
@@ -136,7 +151,11 @@ void run_step_rules(SequenceState& state) {
   SequenceHeader& header = *state.header;
   if (state.emitting) header.window_queries += 1;
   if (state.firing) run_rules(state);
-  if (policy::waiting_is_over(state.policy(), state.moment.generated)) header.waiting = 0;
+  if (header.waiting == 0 || !policy::waiting_is_over(state.policy(), state.moment.generated)) {
+    return;
+  }
+  header.waiting = 0;
+  compact_lanes(state);
 }
 
 Status run_prompt_rules(SequenceState& state) {
@@ -156,6 +175,7 @@ Status run_prompt_rules(SequenceState& state) {
   }
   THINKV_TRY(state.pages.reserve(data_pages + need.pages()));
   run_rules(state);
+  compact_lanes(state);
   state.pages.end_reservation();
   return {};
 }

@@ -58,6 +58,7 @@ void decode_head_keys(SequenceState& state, uint32_t lane, const RankHead& head,
 void choose_fates(SequenceState& state, const RankRule& rule, uint32_t layer);
 // Those that compare heads or keep more than the best (rank_adaptive.cpp). Requires: as
 // choose_fates, which calls them.
+void share_layer(SequenceState& state, const RankRule& rule);
 void drop_prefix(SequenceState& state, const RankRule& rule);
 void keep_strata(SequenceState& state, const RankRule& rule, uint32_t layer);
 void sort_into_tiers(SequenceState& state, const RankRule& rule, uint32_t lane, RankHead& head);

@@ -1,6 +1,7 @@
 // rank_adaptive.cpp: selections that look at more than one number a token: DBudgetKV's norm loss,
 // DiffKV's tiers, KVCrush's representatives, FastGen's masks.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "kernels/policy/rank_budget.h"
@@ -38,6 +39,42 @@ float load_order(RankWork& work, const RankHead& head, float* in_order, size_t s
 }
 
 }  // namespace
+
+// A head's own limit is what it has after the sharing; the layer keeps heads x B.
+void share_layer(SequenceState& state, const RankRule& rule) {
+  RankWork& work = state.rank;
+  const auto heads = static_cast<uint32_t>(work.heads.size());
+  const uint32_t budget = work.heads.front().limit;
+  const auto own = static_cast<uint32_t>(rule.budget_low * static_cast<float>(budget));
+  uint64_t counted = 0, free_all = 0;
+  work.shared.clear();
+  work.shares.assign(2 * size_t{heads}, 0);
+  const std::span<uint32_t> least(work.shares.data(), heads),
+      places(work.shares.data() + heads, heads);
+  for (uint32_t h = 0; h < heads; ++h) {
+    const RankHead& head = work.heads[h];
+    const uint32_t free = sort_ascending(head.score, head.fixed, work.order);
+    for (uint32_t i = free; i-- > 0;) {
+      const float score = head.score[work.order[i]];
+      work.shared.push_back({std::isnan(score) ? -INFINITY : score, h, work.order[i]});
+    }
+    const uint32_t staying = head.counted - free;
+    least[h] = own > staying ? own - staying : 0;
+    counted += head.counted;
+    free_all += free;
+  }
+  const uint64_t limit = uint64_t{budget} * heads;
+  if (counted <= limit) return;
+  const uint64_t surplus = std::min(counted - limit, free_all);
+  policy::share_places(work.shared, least, static_cast<uint32_t>(free_all - surplus), places);
+  for (uint32_t h = 0; h < heads; ++h) {
+    RankHead& head = work.heads[h];
+    policy::keep_best(head.score, head.fixed, places[h], work.order, head.fate);
+    if (rule.action == RankAction::kRecode) {
+      std::replace(head.fate.begin(), head.fate.end(), uint8_t{kDrop}, uint8_t{kRecode});
+    }
+  }
+}
 
 void drop_prefix(SequenceState& state, const RankRule& rule) {
   RankWork& work = state.rank;

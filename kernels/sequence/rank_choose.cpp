@@ -104,6 +104,7 @@ void choose_fates(SequenceState& state, const RankRule& rule, uint32_t layer) {
     for (RankHead& head : work.heads) recode_dropped(head);
     return;
   }
+  if (rule.budget == BudgetRule::kShared) return share_layer(state, rule);
   for (uint32_t h = 0; h < work.heads.size(); ++h) {
     RankHead& head = work.heads[h];
     if (h > 0 && state.policy().grain == SelectGrain::kLayer) {

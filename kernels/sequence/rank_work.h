@@ -44,13 +44,15 @@ struct RankWork {
   std::vector<float> numbers;
   std::vector<float> more_numbers;
   std::vector<uint32_t> order;  // [rows] at least, as the marks
+  std::vector<uint32_t> shares;
   std::vector<uint32_t> rejected;
   std::vector<uint32_t> distance;
   std::vector<uint8_t> marks;
   std::vector<uint8_t> more_marks;
   std::vector<policy::Signature> signatures;
-  std::vector<uint64_t> chosen;        // slots, by page of a lane
-  std::vector<uint8_t> queries_given;  // a flag a layer: prefill_queries() of the open prompt
+  std::vector<policy::SharedRow> shared;  // of all heads
+  std::vector<uint64_t> chosen;           // slots, by page of a lane
+  std::vector<uint8_t> queries_given;     // a flag a layer: prefill_queries() of the open prompt
   uint32_t query_count = 0;
 };
 

@@ -307,6 +307,7 @@ SequenceStats Sequence::stats() const {
   stats.reused_slots = c.reused_slots;
   stats.recoded_slots = c.recoded_slots;
   stats.recoded_bytes = c.recoded_bytes;
+  stats.gathered_bytes = h.gathered_bytes;
   stats.demotions = c.demotions;
   stats.merges = c.merges;
   stats.over_budget_steps = c.over_budget_steps;

@@ -54,7 +54,7 @@ struct SequenceStats {
   uint64_t bytes_f16 = 0;       // what a 16-bit cache of the same tokens takes
   uint64_t evicted_slots = 0;   // by the policy and by evict()
   uint64_t reused_slots = 0;    // new tokens written into evicted slots
-  uint64_t gathered_bytes = 0;  // moved for compaction: nothing ever is
+  uint64_t gathered_bytes = 0;  // moved where the prompt was cut; decoding moves nothing
   uint64_t recoded_slots = 0;   // by quantize()
   uint64_t recoded_bytes = 0;   // payload written by quantize()
   uint64_t demotions = 0;       // of segments

@@ -139,7 +139,9 @@ struct SequenceHeader {
   PolicyParams policy;
   VectorHeader classes;  // u8, by position; shorter than the sequence: the others are 0
   uint32_t waiting;      // 1: rules of the prompt's end wait for queries
-  uint8_t reserved1[44];
+  uint32_t reserved0;
+  uint64_t gathered_bytes;  // codes and scales that moved where the prompt was cut
+  uint8_t reserved1[32];
 };
 static_assert(offsetof(SequenceHeader, lanes) == 64);
 static_assert(offsetof(SequenceHeader, counters) == 96);

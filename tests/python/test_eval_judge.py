@@ -54,9 +54,15 @@ class PointSearch(unittest.TestCase):
         found, _ = settle(lambda i: 10 * i, 100, [1e9])
         self.assertEqual(found.found(1e9), 99)
 
-    def test_a_good_guess_is_one_round(self) -> None:
-        _, measured = settle(lambda i: 100 * i, 400, [10_000.0], [99])
-        self.assertEqual(measured, 1)
+    def test_a_good_guess_ends_soon(self) -> None:
+        found, measured = settle(lambda i: 100 * i, 400, [10_000.0], [99])
+        self.assertLess(measured, 6)
+        self.assertGreaterEqual(found.found(10_000.0), 99)
+
+    def test_of_equal_bytes_the_last_setting_is_taken(self) -> None:
+        size = lambda i: 1000 * (i // 20)  # noqa: E731
+        found, _ = settle(size, 400, [5_000.0], [101])
+        self.assertGreaterEqual(found.found(5_000.0), 119 - 400 * search.EDGE)
 
     def test_a_knob_without_effect_ends(self) -> None:
         found, measured = settle(lambda i: 7000, 400, [6000.0, 8000.0])

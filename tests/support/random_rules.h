@@ -26,7 +26,7 @@ inline RankRule draw_rule(RuleDice dice) {
   r.every = kEvery[below(6)];
   r.at_prompt_end = static_cast<uint8_t>(below(2));
   r.counts = static_cast<BudgetCount>(below(2));
-  r.budget = static_cast<BudgetRule>(below(8));
+  r.budget = static_cast<BudgetRule>(below(9));
   r.budget_percent = static_cast<uint8_t>(50 + below(51));
   r.representative_percent = static_cast<uint8_t>(below(60));
   r.group_count = 2;
@@ -63,6 +63,7 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random) {
     p.grain = static_cast<SelectGrain>(dice.below(2));
     p.budget_tokens = 8 + dice.below(60);
     p.score_kind = static_cast<ScoreKind>(dice.below(4));
+    p.score_every = static_cast<uint16_t>(1 + 2 * dice.below(2));
     p.score_window = static_cast<uint16_t>(1 + dice.below(20));
     const auto recode = static_cast<Format>(1 + dice.below(kFormatCount - 1));
     for (uint32_t i = 0; i < p.rule_count; ++i) {

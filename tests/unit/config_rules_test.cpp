@@ -103,6 +103,9 @@ TEST(Rules, KeysOfTheBudgets) {
       with("rule: threshold, low: 0.02, high: 1", "    select: {rule: threshold}\n");
   EXPECT_FLOAT_EQ(tiers.budget_low, 0.02f);
   EXPECT_FLOAT_EQ(tiers.budget_high, 1.0f);
+  const RankRule shared = with("rule: shared, least: 0.25", signal);
+  EXPECT_EQ(shared.budget, BudgetRule::kShared);
+  EXPECT_FLOAT_EQ(shared.budget_low, 0.25f);
   const RankRule fit = with(
       "rule: first_fit, recover: 0.9, frequent: 30, local: 20, special: [0], punctuation: [1, 2]",
       "");
@@ -254,6 +257,12 @@ INSTANTIATE_TEST_SUITE_P(
                 "they"},
         BadRule{rule("{trigger: {every: 1}, signal: {position: 1}, action: recode, format: f16}"),
                 ":8: rules[].action: recoding to 16 bits wins nothing"},
+        BadRule{rule("{trigger: {every: 1}, signal: {position: 1}, budget: {rule: shared}, select: "
+                     "{rule: prefix}}"),
+                ":8: rules[].select.rule: must be topk: shared compares the numbers of all heads "
+                "of a layer"},
+        BadRule{rule("{trigger: {every: 1}, signal: {position: 1}, budget: {least: 0.5}}"),
+                ":8: rules[].budget.least: has no effect without budget.rule: shared"},
         BadRule{scored("accumulate: mean",
                        "trigger: {every: 1}, budget: {rule: first_fit, recover: 0.9}, select: "
                        "{rule: argmin1}"),

@@ -212,6 +212,28 @@ TEST(RankDropLowest, IsKeepBestOfAllButOne) {
   EXPECT_EQ(marked(one).size(), 40u);
 }
 
+TEST(RankShared, HeadsHaveTheirOwnFirstAndTheBestOfTheRestWin) {
+  // Head 0: 9 5 1; head 1: 8 7 6. Rows descend in worth.
+  std::vector<SharedRow> rows = {{9, 0, 2}, {5, 0, 1}, {1, 0, 0}, {8, 1, 0}, {7, 1, 1}, {6, 1, 2}};
+  std::vector<uint32_t> places(2);
+  const std::vector<uint32_t> none = {0, 0}, two = {2, 2}, three = {3, 0};
+  auto copy = rows;
+  share_places(copy, none, 4, places);
+  EXPECT_EQ(places, (std::vector<uint32_t>{1, 3}));
+  copy = rows;
+  share_places(copy, two, 5, places);
+  EXPECT_EQ(places, (std::vector<uint32_t>{2, 3}));
+  copy = rows;
+  share_places(copy, three, 4, places);
+  EXPECT_EQ(places, (std::vector<uint32_t>{3, 1}));
+  copy = rows;
+  share_places(copy, three, 2, places);
+  EXPECT_EQ(places, (std::vector<uint32_t>{2, 0}));
+  copy = rows;
+  share_places(copy, none, 0, places);
+  EXPECT_EQ(places, (std::vector<uint32_t>{0, 0}));
+}
+
 // Weights in the order of dropping; `fixed` are the weights of what is never dropped.
 uint32_t dropped(std::vector<float> weights, const std::vector<float>& fixed, float loss) {
   float square = 0.0f;

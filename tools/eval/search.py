@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-TIGHT = 0.97  # a setting that uses this share of its target is near enough
+TIGHT = 0.97  # a setting that uses this share of its target has nearly its bytes
 AIM = 0.99  # of the target, so that most interpolations end below it
-ROUNDS_MAX = 8
+ROUNDS_MAX = 10
+EDGE = 1 / 128  # of the range: how near to the first setting that is too large a search ends
 LADDER = (0.05, 0.20, 0.60)  # of the range: where a search without a guess begins
 
 
@@ -66,8 +67,10 @@ class Search:
     def _next(self, target: float) -> int | None:
         bracket = self._bracket(target)
         low, high = bracket.below, bracket.above
-        if low is not None and (self._bytes[low] >= TIGHT * target or low == self._last):
+        if low == self._last:
             return None
+        if low is not None and self._bytes[low] >= TIGHT * target:
+            return self._along_the_step(low, high)
         if low is not None and high is not None:
             if high == low + 1:
                 return None
@@ -78,6 +81,14 @@ class Search:
         if high is None or high == 0:
             return None
         return self._downwards(high, target)
+
+    def _along_the_step(self, low: int, high: int | None) -> int | None:
+        """Bytes come in whole pages: many settings hold the same, and the last of them keeps the
+        most tokens."""
+        near = max(1, int(EDGE * self._last))
+        if high is None:
+            return min(low + 4 * near, self._last)
+        return None if high - low <= near else low + min((high - low + 1) // 2, 4 * near)
 
     def _upwards(self, low: int, target: float) -> int:
         """Nothing measured is too large: on along the last two measurements."""

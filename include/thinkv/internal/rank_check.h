@@ -37,7 +37,7 @@ namespace detail {
 // No field holds a value outside of its enumeration or range.
 [[nodiscard]] constexpr bool rank_fields_valid(const RankRule& r) {
   bool ok = r.every <= kRankEveryMax && r.at_prompt_end <= 1 && r.value_norm <= 1;
-  ok = ok && static_cast<uint8_t>(r.counts) <= 1 && static_cast<uint8_t>(r.budget) <= 7;
+  ok = ok && static_cast<uint8_t>(r.counts) <= 1 && static_cast<uint8_t>(r.budget) <= 8;
   ok = ok && static_cast<uint8_t>(r.select) <= 5 && static_cast<uint8_t>(r.action) <= 1;
   ok = ok && static_cast<uint8_t>(r.pool) <= 2 && static_cast<uint8_t>(r.anchor) <= 4;
   ok = ok && format_valid(static_cast<uint8_t>(r.recode_format));
@@ -70,7 +70,8 @@ namespace detail {
       }
     }
   }
-  if (r.every > 0 && uses_attention(r) && p.score_every != 1) {
+  if (r.every > 0 && uses_attention(r) && p.score_every != 1 &&
+      p.score_kind != ScoreKind::kDecayed) {
     return {"signal.attention",
             "needs scores.every: 1: sums, means and windows are counted in single steps"};
   }
@@ -81,9 +82,20 @@ namespace detail {
   return {};
 }
 
+[[nodiscard]] constexpr RankProblem threshold_problem(const PolicyParams& p, const RankRule& r) {
+  if (r.budget_low > r.budget_high) return {"budget.low", "must not be above budget.high"};
+  if (p.score_kind != ScoreKind::kMean) {
+    return {"budget.rule",
+            "threshold compares with uniform attention: scores.accumulate must be mean"};
+  }
+  if (r.every > 1) return {"trigger.every", "must be 1: threshold looks at each new token"};
+  return {};
+}
+
 [[nodiscard]] constexpr RankProblem budget_problem(const PolicyParams& p, const RankRule& r) {
-  if (p.grain == SelectGrain::kLayer && (is_adaptive(r.budget) || r.budget == BudgetRule::kGroups ||
-                                         r.budget == BudgetRule::kSplit)) {
+  if (p.grain == SelectGrain::kLayer &&
+      (is_adaptive(r.budget) || r.budget == BudgetRule::kGroups || r.budget == BudgetRule::kSplit ||
+       r.budget == BudgetRule::kShared)) {
     return {"budget.rule", "works head by head: evict.grain must be kv_head"};
   }
   switch (r.budget) {
@@ -103,17 +115,14 @@ namespace detail {
         return {"budget.representative", "must be 1 to 99 percent"};
       }
       break;
+    case BudgetRule::kShared:
+      if (!(r.budget_low <= 1.0f)) return {"budget.least", "must be at most 1"};
+      break;
     case BudgetRule::kMaxDrop:
       if (!(r.budget_low < 1.0f)) return {"budget.drop", "must be below 1"};
       break;
     case BudgetRule::kThreshold:
-      if (r.budget_low > r.budget_high) return {"budget.low", "must not be above budget.high"};
-      if (p.score_kind != ScoreKind::kMean) {
-        return {"budget.rule",
-                "threshold compares with uniform attention: scores.accumulate must be mean"};
-      }
-      if (r.every > 1) return {"trigger.every", "must be 1: threshold looks at each new token"};
-      break;
+      return threshold_problem(p, r);
     case BudgetRule::kFirstFit:
       if (!(r.budget_low > 0.0f && r.budget_low <= 1.0f)) {
         return {"budget.recover", "must be above 0, at most 1"};
@@ -137,6 +146,9 @@ namespace detail {
   }
   if ((r.select == RankSelect::kStrata) != (r.budget == BudgetRule::kSplit)) {
     return {"select.rule", "strata and budget.rule: split go together, and only they"};
+  }
+  if (r.budget == BudgetRule::kShared && r.select != RankSelect::kTopK) {
+    return {"select.rule", "must be topk: shared compares the numbers of all heads of a layer"};
   }
   if (r.budget == BudgetRule::kMaxDrop && r.select != RankSelect::kPrefix) {
     return {"select.rule", "must be prefix: max_drop finds how much of the order can go"};

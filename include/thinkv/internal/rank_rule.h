@@ -43,6 +43,7 @@ enum class BudgetRule : uint8_t {
   kMaxDrop = 5,    // as few as lose at most budget_low of the attention's norm, at least B
   kThreshold = 6,  // those with more than budget_low of uniform attention, at least B
   kFirstFit = 7,   // the cheapest of five masks that recovers budget_low of the attention
+  kShared = 8,  // B a head on average: the heads of a layer compete, budget_low of B is each's own
 };
 
 enum class RankSelect : uint8_t {
@@ -70,7 +71,8 @@ struct RankRule {
   uint8_t representative_percent = 0;  // kSplit: of the rule's budget
   uint8_t group_count = 0;             // kGroups
   uint8_t group_share[kRankGroupsMax] = {};
-  float budget_low = 0.0f;   // kPyramid beta, kMaxDrop and kFirstFit T, kThreshold a_low
+  float budget_low = 0.0f;   // kPyramid beta, kMaxDrop and kFirstFit T, kThreshold a_low,
+                             // kShared the share that no head goes below
   float budget_high = 0.0f;  // kThreshold a_high
   // Select.
   RankSelect select = RankSelect::kTopK;
