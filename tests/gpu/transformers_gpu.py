@@ -1,15 +1,14 @@
 """thinkv.transformers and thinkv.Step on a real GPU: the cases of
-tests/python/transformers_cases.py with large ragged batches and CUDA graphs, crashes, and SmolLM2
-against DynamicCache.
+tests/python/transformers_cases.py with large ragged batches and CUDA graphs, and crashes.
+smollm2_gpu.py has the real model.
 
     THINKV_BIN_DIR=... THINKV_LIBRARY=... \
     PYTHONPATH=client/python:tests/python python3 tests/gpu/transformers_gpu.py [TEST...]
 
-Needs torch with CUDA and transformers; SmolLM2's GGUF is found as tools/engine finds it, or named
-by THINKV_MODEL. The exit status is the number of failures; 77: nothing can run here.
+Needs torch with CUDA and transformers. The exit status is the number of failures; 77: nothing can
+run here.
 """
 
-import math
 import signal
 import subprocess
 import sys
@@ -175,95 +174,6 @@ class Crashes(OnTheGpu, cases.TransformersCase):
         torch.cuda.synchronize()
         print(f"    {steps} more steps with what it held, then: {raised.exception}")
         self.assertGreater(steps, 0)
-
-
-class SmolLM2(OnTheGpu, cases.TransformersCase):
-    pool = "1GiB"
-
-    @classmethod
-    def setUpClass(cls):
-        try:
-            from engine import prompts
-            from engine.gguf_weights import ModelFile, find_model
-            from engine.tokenizer import Tokenizer
-            from engine.torch_model import llama_of
-            file = ModelFile(find_model())
-        except Exception as error:
-            raise unittest.SkipTest(f"no SmolLM2 here: {error}") from None
-        cls.tokenizer = Tokenizer(file.vocabulary())
-        cls.llama = llama_of(file.weights(), torch.bfloat16, "cuda")
-        questions = [*prompts.ENGINES.values(), *prompts.CALIBRATION][:10]
-        cls.prompts = [cls.tokenizer.chat(question) for question in questions]
-        longest = max(map(len, cls.prompts))
-        cls.ids = torch.tensor([[0] * (longest - len(p)) + p for p in cls.prompts], device="cuda")
-        cls.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cls.prompts],
-                                device="cuda")
-
-    def greedy(self, tokens, **options):
-        return self.llama.generate(input_ids=self.ids, attention_mask=self.mask, do_sample=False,
-                                   max_new_tokens=tokens, min_new_tokens=tokens, **options)
-
-    def test_greedy_text_is_dynamic_caches(self):
-        self.llama.set_attn_implementation("sdpa")
-        want = self.greedy(512)
-        cache = self.cache(self.llama)
-        got = self.greedy(512, past_key_values=cache)
-        cache.close()
-        self.llama.set_attn_implementation("sdpa")
-        equal = 0
-        for row, prompt in enumerate(self.prompts):
-            differs = (got[row] != want[row]).nonzero()
-            if len(differs) == 0:
-                equal += 1
-                continue
-            at, start = int(differs[0]), want.shape[1] - 512
-            text = want[row, start - len(prompt):at]
-            logits = self.llama(input_ids=text[None]).logits[0, -1].float()
-            gap = float(logits[want[row, at]] - logits[got[row, at]])
-            # bf16 keeps 8 bits: of a logit of this size, one step of it.
-            step = 2.0 ** (math.frexp(float(logits[want[row, at]]))[1] - 8)
-            print(f"    prompt {row}: token {at - start} differs, logits by {gap:.4f}, a bf16 step "
-                  f"is {step:.4f}")
-            self.assertLessEqual(abs(gap), 2 * step)
-        print(f"    {equal} of {len(self.prompts)} texts of 512 tokens are equal to the last token")
-
-    def test_four_bits_choose_the_same_token(self):
-        tokens = 300
-        self.llama.set_attn_implementation("sdpa")
-        text = self.greedy(tokens)
-        start = self.ids.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(text), tokens)], 1)
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        exact = self.llama(input_ids=text, attention_mask=mask, position_ids=position).logits
-        want = exact[:, start - 1:-1].argmax(-1)
-        for policy, least in (("full-f16", 0.97), ("k4v4-only", 0.87)):
-            cache = self.cache(self.llama, policy)
-            got = []
-            spans = [(0, start), *((at, at + 1) for at in range(start, start + tokens - 1))]
-            for first, last in spans:
-                logits = self.llama(input_ids=text[:, first:last], attention_mask=mask[:, :last],
-                                    position_ids=position[:, first:last], logits_to_keep=1,
-                                    past_key_values=cache).logits
-                got.append(logits[:, -1].argmax(-1))
-            cache.close()
-            same = float((torch.stack(got, 1) == want).float().mean())
-            print(f"    {policy}: top-1 {same:.4f} over {want.numel()} tokens")
-            self.assertGreaterEqual(same, least)
-
-    def test_bytes_stay_flat_over_4000_tokens(self):
-        cache = self.cache(self.llama, "thinkv", budget=512, rows=1, tokens_max=2048)
-        step = thinkv.Step(self.llama, cache)
-        step.join(0, self.prompts[0])
-        held = {}
-        for token in range(1, 4001):
-            step()
-            if token % 500 == 0:
-                held[token] = cache.stats()[0]
-        for token, stats in held.items():
-            print(f"    {token:5} tokens: {stats['bytes_held'] / 2**20:6.2f} MiB held, "
-                  f"{stats['bytes_f16'] / 2**20:7.2f} MiB in 16 bits, "
-                  f"{stats['live_tokens']:.0f} live")
-        self.assertLess(held[4000]["bytes_held"], 1.1 * held[1500]["bytes_held"])
 
 
 if __name__ == "__main__":

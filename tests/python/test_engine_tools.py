@@ -15,7 +15,7 @@ from unittest import mock
 
 from engine_support import ROOT
 
-from engine import daemon, quickstart, report
+from engine import daemon, gpu, quickstart, report
 from engine.screen import Screen
 
 RESULT = {
@@ -141,6 +141,18 @@ class DaemonStart(unittest.TestCase):
     def test_configuration_without_a_port_is_an_error(self) -> None:
         with self.assertRaises(daemon.DaemonError):
             daemon._config_without_metrics("pool:\n  bytes: 1GiB\n", daemon.CONFIG.parent)
+
+
+class OnAGpu(unittest.TestCase):
+    def test_a_worker_finds_our_packages_first_and_then_what_the_user_names(self) -> None:
+        engine = gpu.GpuEngine("python3", pathlib.Path("bin"), pathlib.Path("lib/libthinkv.so"),
+                               pathlib.Path("model.gguf"))
+        for named, rest in ({"PYTHONPATH": "/opt/torch"}, ["/opt/torch"]), ({}, []):
+            with mock.patch.dict(os.environ, named, clear=True):
+                made = engine.environment()
+            ours = [str(ROOT / "tools"), str(ROOT / "client" / "python")]
+            self.assertEqual(ours + rest, made["PYTHONPATH"].split(os.pathsep))
+            self.assertEqual("model.gguf", made["THINKV_MODEL"])
 
 
 class QuickstartScript(unittest.TestCase):

@@ -26,6 +26,7 @@ class GpuEngine:
 
     def environment(self) -> dict[str, str]:
         paths = [str(ROOT / "tools"), str(ROOT / "client" / "python")]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])  # torch may lie there
         return {"PYTHONPATH": os.pathsep.join(paths), "THINKV_LIBRARY": str(self.library),
                 "THINKV_MODEL": str(self.model)}
 

@@ -13,6 +13,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 BUDGET = 1024
 PROMPT = 32   # tokens of a sequence that then generates; never evicted
+PERIOD = 128  # steps after which labels and evictions repeat
+SYNC_STEPS = 8
 HEADROOM = 64  # tokens that a static cache has beyond what it is filled with
 
 
@@ -86,6 +88,7 @@ class StaticCompiled(Peer):
                 layer.cumulative_length.fill_(tokens)
             else:
                 layer.cumulative_length = tokens
+        torch._dynamo.reset()  # else the second length is compiled for any length
         self.eager, self.model.forward = self.model.forward, torch.compile(
             self.model.forward, mode="reduce-overhead", fullgraph=True)
         return cache
@@ -105,64 +108,74 @@ class Ours:
 
         model.set_attn_implementation("thinkv")
         self.batch, self.tokens, self.policy = batch, tokens, policy
-        live = min(tokens, BUDGET + PROMPT + 256) if policy == "thinkv" else tokens
+        live = min(tokens, BUDGET + PROMPT + 2 * PERIOD) if policy == "thinkv" else tokens
         # The room is in 4-bit pages of 32 tokens; a 16-bit page has 8.
         room = 256 + live * (4 if policy == "full-f16" else 1)
         budget = BUDGET if policy == "thinkv" else None
         self.cache = ThinkvCache(model, policy, budget, client=client, rows=batch, tokens_max=room)
-        self.decode = thinkv.Step(model, self.cache, graph=graph)
         self.graph = graph
         config = model.config
         self.layers, self.kv = config.num_hidden_layers, (config.num_key_value_heads,
                                                           config.head_dim)
         self.device = next(model.parameters()).device
-        self._fill()
+        try:
+            self.decode = thinkv.Step(model, self.cache, graph=graph)
+            if policy == "thinkv":
+                self._generate()
+            else:
+                for row in range(batch):
+                    self._join(row, tokens)
+        except BaseException:
+            self.close()
+            raise
         self.decode.positions.fill_(tokens)
 
     def _random(self, rows: int) -> torch.Tensor:
         return torch.randn(rows, *self.kv, device=self.device, dtype=torch.bfloat16)
 
-    def _fill(self) -> None:
-        """Without evictions what was a prompt holds what was generated does. A policy that evicts
-        must generate: steps without the model and without attention bring it there."""
-        evicts = self.policy == "thinkv"
-        k, v = self._random(PROMPT if evicts else self.tokens), None
-        v = torch.randn_like(k)
+    def _join(self, row: int, tokens: int) -> None:
+        """Without evictions what was a prompt holds what was generated does."""
+        k, v = self._random(tokens), self._random(tokens)
         rows = self.cache._rows
-        for row in range(self.batch):
-            sequence = self.cache._pool.open(0)
-            for layer in range(self.layers):
-                sequence.prefill(layer, k, v)
-            sequence.prefill_end()
-            rows.batches[0].join(row, sequence)
-            rows.sequences[0][row] = sequence
-        if evicts:
-            self._generate(self.tokens - PROMPT)
+        sequence = self.cache._pool.open(0)
+        rows.sequences[0][row] = sequence  # closed with the cache from here on
+        for layer in range(self.layers):
+            sequence.prefill(layer, k, v)
+        sequence.prefill_end()
+        rows.batches[0].join(row, sequence)
 
-    def _generate(self, tokens: int) -> None:
-        batch, k, v = self.cache._rows.batches[0], self._random(self.batch), None
-        v = torch.randn_like(k)
-
-        def once() -> None:
-            batch.begin()
-            for layer in range(self.layers):
-                batch.append(layer, k, v)
-            batch.end()
-
+    def _generate(self) -> None:
+        """A policy that evicts must generate. Steps without model and attention do, on random keys
+        and values; the rows join over the first PERIOD of them, so that flushes, labels and
+        evictions fall evenly on the steps that are timed, as they do where requests come and go."""
+        batch = self.cache._rows.batches[0]
+        k, v = self._random(self.batch), self._random(self.batch)
+        due = [row * PERIOD // self.batch for row in range(self.batch)]
         graph = None
-        for token in range(tokens):
+        for token in range(max(PERIOD, self.tokens - PROMPT)):
+            for row in range(self.batch):
+                if due[row] == token:
+                    self._join(row, PROMPT)
+            if token % SYNC_STEPS == 0 and self.device.type == "cuda":
+                torch.cuda.synchronize()  # so that little is promised to steps under way
             batch.reserve()
             if graph is not None:
                 graph.replay()
-            elif self.graph and token > 0:
+                continue
+            self._bare_step(batch, k, v)
+            if self.graph:
+                torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    once()
-                graph.replay()
-            else:
-                once()
-            if token % 8 == 0 and self.device.type == "cuda":
-                torch.cuda.synchronize()  # so that little is promised to steps under way
+                    self._bare_step(batch, k, v)
+
+    def _bare_step(self, batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        k.normal_()
+        v.normal_()
+        batch.begin()
+        for layer in range(self.layers):
+            batch.append(layer, k, v)
+        batch.end()
 
     def step(self) -> None:
         self.decode()
