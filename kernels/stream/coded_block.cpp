@@ -20,7 +20,8 @@ constexpr size_t head_bytes(uint32_t dim) {
   return kRunBytesSize + sizeof(UnitScale) * (dim + kBlockTokens);
 }
 
-// Codes of at most 15 bits are always shorter than 16-bit values, whatever the codebook was made of.
+// Codes of at most 15 bits are always shorter than 16-bit values, whatever the codebook was made
+// of.
 constexpr bool always_shrinks(uint32_t dim) {
   const size_t codes = 2 * kBlockRuns * (size_t{kRunTokens} * dim * kCodeBitsMax / 8);
   return head_bytes(dim) + codes < raw_block_bytes(dim);
@@ -115,8 +116,8 @@ void quantise_block(const float* k, const float* v, uint32_t dim, StepShares sha
   block.v.assign(values, 0);
   bool fits = true;
   for (uint32_t c = 0; fits && c < dim; ++c) {
-    fits = quantise_unit(k + c, kBlockTokens, dim, shares.key, block.k.data() + c,
-                         &block.k_scales[c]);
+    fits =
+        quantise_unit(k + c, kBlockTokens, dim, shares.key, block.k.data() + c, &block.k_scales[c]);
   }
   for (uint32_t t = 0; fits && t < kBlockTokens; ++t) {
     const size_t row = size_t{t} * dim;

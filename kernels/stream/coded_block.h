@@ -47,7 +47,7 @@ struct StepShares {
 
 // A block between the two stages: K and V rows as codes.
 struct BlockCodes {
-  bool representable = false;  // false: the block will be raw
+  bool representable = false;       // false: the block will be raw
   std::vector<UnitScale> k_scales;  // [dim]
   std::vector<UnitScale> v_scales;  // [64]
   std::vector<uint8_t> k;           // [64, dim]

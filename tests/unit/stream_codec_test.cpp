@@ -63,7 +63,8 @@ struct Expected {
 };
 
 // Bits against a simulation of one unit: the range of 4096 (128) normal values, and with it the
-// step, varies by 6 (10) % from draw to draw, which is 0.09 (0.14) bits; here it is the mean of many.
+// step, varies by 6 (10) % from draw to draw, which is 0.09 (0.14) bits; here it is the mean of
+// many.
 TEST(MethodKvComp, BitsLevelsAndErrorOfNormalValues) {
   for (const Expected& e : {Expected{0.01f, 5.90, 6.35, 101}, Expected{0.05f, 3.59, 4.07, 21},
                             Expected{0.1f, 2.59, 3.11, 11}, Expected{0.2f, 1.93, 2.28, 6}}) {
