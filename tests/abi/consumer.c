@@ -108,6 +108,12 @@ static void null_arguments(void) {
   FAILS(thinkv_sequence_token_classes(sequence, 0, NULL, 3, &error), THINKV_INVALID_ARGUMENT,
         "classes is null");
   OK(thinkv_sequence_token_classes(sequence, 0, NULL, 0, &error));
+  FAILS(thinkv_sequence_prefetch(sequence, 0, NULL, &error), THINKV_INVALID_ARGUMENT, "q is null");
+  bad = qt;
+  bad.ndim = 2;
+  bad.shape[0] = qt.shape[1];
+  bad.shape[1] = qt.shape[2];
+  FAILS(thinkv_sequence_prefetch(sequence, 0, &bad, &error), THINKV_INVALID_ARGUMENT, "no step");
   thinkv_client_close(client);
 }
 
