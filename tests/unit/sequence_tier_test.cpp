@@ -302,6 +302,18 @@ TEST(Tier, ItsBytesAreBounded) {
   EXPECT_EQ(refused.sequence.stats().tier_bytes, 0u);
 }
 
+TEST(Tier, TheBoundIsOfAllLayersTogether) {
+  const ModelGeometry g = geometry_of({.layers = 3, .kv_heads = 1});
+  PolicyParams policy = shipped_policy("tailorkv");
+  policy.tier.host_bytes = 2 * TierLane::bytes_of(kDim, 136) - 1;
+  RankWorld world(g, policy);
+  const auto k = world.tokens.kv(200);
+  ASSERT_TRUE(world.sequence.prefill(2, k.data(), k.data(), 200).has_value());
+  EXPECT_EQ(world.sequence.prefill(1, k.data(), k.data(), 200).error().code,
+            ErrorCode::kQuotaExceeded);
+  ASSERT_TRUE(world.sequence.prefill(0, k.data(), k.data(), 200).has_value());
+}
+
 TEST(Tier, WhatItHoldsCannotBeEvictedRecodedOrMoved) {
   World world(300);
   EXPECT_EQ(world.sequence.evict(std::vector<uint32_t>{3, 8}).error().code,
