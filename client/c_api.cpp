@@ -220,6 +220,7 @@ thinkv_sequence_stats to_abi(const kernels::SequenceStats& s, uint32_t lanes) {
   known.over_budget_steps = s.over_budget_steps;
   for (uint32_t i = 0; i < kThoughtCount; ++i) known.thoughts[i] = s.segments[i];
   known.budget_tokens = s.budget_tokens;
+  known.tier_bytes = s.tier_bytes;
   return known;
 }
 
@@ -227,7 +228,7 @@ Status sequence_stats(thinkv_sequence* sequence, thinkv_sequence_stats* stats) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
   THINKV_ASSIGN_OR_RETURN(const kernels::SequenceStats known, pin->stats());
   return write_stats("sequence stats", to_abi(known, pin->model->geometry.lanes()),
-                     offsetof(thinkv_sequence_stats, reserved), stats);
+                     offsetof(thinkv_sequence_stats, tier_bytes), stats);
 }
 
 Status sparsity_of(thinkv_sequence* sequence, const thinkv_output* sparsity) {

@@ -1,4 +1,5 @@
-// c_api_hints.cpp: thinkv.h's hints for policies with rules: the prompt's queries, token classes.
+// c_api_hints.cpp: thinkv.h's hints: the prompt's queries and token classes for policies with
+// rules, a layer's next query for policies with a tier.
 #include "client/abi.h"
 #include "client/abi_guard.h"
 #include "client/error_text.h"
@@ -48,6 +49,21 @@ Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* c
   return pin->report();
 }
 
+Status prefetch(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* q) {
+  THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
+  const ModelGeometry& geometry = pin->model->geometry;
+  const int64_t shape[] = {geometry.q_heads, geometry.head_dim};
+  // As above: no policy with a tier opens on the cuda backend.
+  if (pin->gpu) {
+    THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
+    static_cast<void>(unused);
+    return {};
+  }
+  std::vector<float> rows;
+  THINKV_ASSIGN_OR_RETURN(const float* data, input_rows("q", q, shape, rows));
+  return pin->sequence->prefetch(layer, data);
+}
+
 }  // namespace
 }  // namespace thinkv::client
 
@@ -65,6 +81,11 @@ thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence, uint32_t 
                                             const uint8_t* classes, size_t count,
                                             thinkv_error* error) {
   return impl::guard(error, [&] { return impl::token_classes(sequence, first, classes, count); });
+}
+
+thinkv_status thinkv_sequence_prefetch(thinkv_sequence* sequence, uint32_t layer,
+                                       const thinkv_tensor* q, thinkv_error* error) {
+  return impl::guard(error, [&] { return impl::prefetch(sequence, layer, q); });
 }
 
 }  // extern "C"

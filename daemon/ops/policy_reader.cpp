@@ -4,6 +4,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "daemon/ops/placement_reader.h"
 #include "daemon/ops/rule_reader.h"
 #include "thinkv/internal/limits.h"
 
@@ -296,6 +297,7 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   read_scores(root.child("scores"), params, keys != nullptr);
   read_rules(&root, params, diagnostics, keys);
   root.integer32("kmeans_iterations", {1, 16}, &params->kmeans_iterations);
+  read_placement(&root, params, diagnostics, keys != nullptr);
   root.finish();
 }
 

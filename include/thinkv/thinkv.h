@@ -250,7 +250,8 @@ typedef struct thinkv_sequence_stats {
   uint64_t over_budget_steps;
   uint64_t thoughts[3];   /* segments: reasoning, execution, transition */
   uint64_t budget_tokens; /* 0: none */
-  uint64_t reserved[6];
+  uint64_t tier_bytes;    /* rows of a host tier, in this process; no bytes of the pool */
+  uint64_t reserved[5];
 } thinkv_sequence_stats;
 /* Local, no round trip. Requires stats->struct_size. */
 THINKV_API thinkv_status thinkv_sequence_get_stats(thinkv_sequence* sequence,
@@ -389,6 +390,16 @@ THINKV_API thinkv_status thinkv_sequence_prefill_queries(thinkv_sequence* sequen
 THINKV_API thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence, uint32_t first,
                                                        const uint8_t* classes, size_t count,
                                                        thinkv_error* error);
+
+/* ---- hint for policies with a tier ---- */
+
+/* q: [q_heads, head_dim] in host memory: a guess of the query that this layer will attend with in
+ * the open step. The rows that the step fetches from the tier are chosen by it now, and not again
+ * by the step's own query, without which the result is the same kind of choice, made later.
+ * Optional, at any time in a step, for any layers. Policies without a tier take the call and ignore
+ * it. Errors: INVALID_ARGUMENT where the sequence is in no step. */
+THINKV_API thinkv_status thinkv_sequence_prefetch(thinkv_sequence* sequence, uint32_t layer,
+                                                  const thinkv_tensor* q, thinkv_error* error);
 
 #ifdef __cplusplus
 }

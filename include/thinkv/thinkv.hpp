@@ -117,6 +117,11 @@ class Sequence {
     return detail::status_of(thinkv_sequence_token_classes(handle_.get(), first, classes.data(),
                                                            classes.size(), &detail::last_error));
   }
+  // Optional, while the sequence is in a step, for a policy with a tier.
+  [[nodiscard]] Status prefetch(uint32_t layer, const thinkv_tensor& q) {
+    return detail::status_of(
+        thinkv_sequence_prefetch(handle_.get(), layer, &q, &detail::last_error));
+  }
   // Result: (token, lane) pairs evicted.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions) {
     uint64_t count = 0;

@@ -13,7 +13,7 @@ inline constexpr const char* kVersionText = "0.1.0";
 
 // Control messages, ring descriptors and shared layouts. A different major is refused with a
 // clear message; a newer minor only adds messages and fields in reserved bytes.
-inline constexpr uint16_t kProtocolMajor = 2;
+inline constexpr uint16_t kProtocolMajor = 3;
 inline constexpr uint16_t kProtocolMinor = 0;
 
 }  // namespace thinkv

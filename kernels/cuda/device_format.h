@@ -28,7 +28,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 2;
+inline constexpr uint32_t kDeviceLayoutVersion = 3;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -116,10 +116,10 @@ struct DeviceSequence {
   DeviceCounters counters;
   PolicyParams policy;
   uint32_t segment_page[kSegmentPagesMax];
-  uint8_t reserved1[48];
+  uint8_t reserved1[32];
 };
 static_assert(sizeof(DeviceSequence) ==
-              128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 48);
+              128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 32);
 static_assert(offsetof(DeviceSequence, counters) == 128);
 static_assert(offsetof(DeviceSequence, policy) == 224);
 

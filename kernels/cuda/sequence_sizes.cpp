@@ -110,6 +110,10 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
     return make_error(kUnsupported,
                       "the policy has rank rules, which run on the host backend only so far");
   }
+  if (policy.entropy.on() || policy.tier.on()) {
+    return make_error(kUnsupported,
+                      "the policy has entropy or tier, which run on the host backend only so far");
+  }
   for (uint32_t i = 0; i < policy.label_layer_count; ++i) {
     if (policy.label_layers[i] >= geometry.layers) {
       return make_error(kInvalidArgument, "the policy labels by a layer that the model lacks");

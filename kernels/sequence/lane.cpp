@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 
+#include "kernels/sequence/stream.h"
 #include "thinkv/internal/check.h"
 
 namespace thinkv::kernels {
@@ -207,6 +208,11 @@ void Lane::destroy() {
   if (header_->rank.page != PageId::kNoneRaw) {
     store_->heap->free(header_->rank, kRankLaneGranules);
     header_->rank.page = PageId::kNoneRaw;
+  }
+  if (StreamLane* stream = stream_header(*store_, *header_); stream != nullptr) {
+    Stream(*store_, *stream).destroy();
+    store_->heap->free(header_->stream, kStreamLaneGranules);
+    header_->stream.page = PageId::kNoneRaw;
   }
   pages_.destroy();
 }

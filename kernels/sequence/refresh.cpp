@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/coding.h"
 #include "kernels/sequence/rank.h"
 #include "kernels/sequence/sequence_state.h"
 #include "kernels/sequence/survivors.h"
@@ -186,12 +187,13 @@ void finish_step(SequenceState& state) {
   header.tokens += 1;
   header.counters.steps += 1;
   if (state.flushing) {
-    const FlushFormats formats = state.flush_formats();
-    for (LaneHeader* lane : state.lanes) {
-      header.counters.reused_slots +=
-          flush_buffer(state.store, *lane, formats, state.flush_decay(), state.flush_scratch());
+    for (uint32_t lane = 0; lane < state.lanes.size(); ++lane) {
+      header.counters.reused_slots += flush_buffer(
+          state.store, *state.lanes[lane], state.flush_formats(lane / state.geometry.kv_heads),
+          state.flush_decay(), state.flush_scratch());
     }
   }
+  if (state.policy().entropy.on()) finish_coding_step(state);
   collect_sparsity(state);
   enforce_budget(state);
   if (state.policy().evict == EvictRule::kRank) run_step_rules(state);

@@ -7,6 +7,7 @@
 
 #include "kernels/sequence/rank.h"
 #include "kernels/sequence/sequence_state.h"
+#include "kernels/sequence/tiering.h"
 #include "thinkv/internal/check.h"
 #include "thinkv/internal/limits.h"
 #include "thinkv/internal/policy_check.h"
@@ -100,6 +101,9 @@ Result<Sequence> Sequence::attach(PageSource& source, const KernelSet& kernels, 
                                .softmax_scale = header->softmax_scale};
   THINKV_TRY(validate(geometry));
   THINKV_TRY(validate_policy(header->policy, geometry));
+  if (header->tier_tokens != 0) {
+    return make_error(kUnsupported, "rows of the sequence were in the memory of another process");
+  }
   auto state = std::make_unique<SequenceState>(source, kernels, geometry);
   if (!state->adopt(root)) {
     return make_error(kInvalidArgument, "the pages of the sequence do not fit together");
@@ -198,6 +202,7 @@ Status Sequence::begin_step() {
   std::fill(s.lane_attended.begin(), s.lane_attended.end(), uint8_t{0});
   std::fill(s.lane_sparsity.begin(), s.lane_sparsity.end(), SparsityCount{});
   if (s.policy().evict == EvictRule::kRank) begin_rank_step(s);
+  for (TierLane& lane : s.tier) lane.has_prefetched = false;
   s.phase = Phase::kStep;
   return {};
 }
@@ -229,7 +234,8 @@ Status Sequence::attend_lane(uint32_t layer, uint32_t kv_head, const float* q, f
   const uint32_t lane = s.lane_index(layer, kv_head);
   const bool measure = s.header->trace_sparsity != 0 || (s.closing && s.label_layer[layer] != 0);
   const bool emit = s.emitting && s.lane_attended[lane] == 0;  // a second look scores nothing
-  attend_one_lane(s, measure ? &s.lane_sparsity[lane] : nullptr, lane, emit, q, out, lse, scratch);
+  SparsityCount* const sparsity = measure ? &s.lane_sparsity[lane] : nullptr;
+  THINKV_TRY(attend_one_lane(s, sparsity, lane, emit, q, out, lse, scratch));
   s.lane_attended[lane] = 1;
   return {};
 }
@@ -245,6 +251,14 @@ Status Sequence::attend(uint32_t layer, const float* q, float* out, float* lse) 
     THINKV_TRY(attend_lane(layer, head, q + head * rows, out + head * rows,
                            lse == nullptr ? nullptr : lse + head * group, state_->attend_scratch));
   }
+  return {};
+}
+
+Status Sequence::prefetch(uint32_t layer, const float* q) {
+  THINKV_TRY(require(state_.get(), Phase::kStep, kNoStep));
+  THINKV_TRY(require_layer(*state_, layer));
+  if (q == nullptr) return make_error(kInvalidArgument, "q must be given");
+  if (state_->policy().tier.on()) prefetch_layer(*state_, layer, q);
   return {};
 }
 
@@ -266,6 +280,8 @@ void Sequence::cancel_step() {
 
 Result<uint64_t> Sequence::evict(std::span<const uint32_t> positions) {
   THINKV_TRY(require(state_.get(), Phase::kIdle, kNotIdle));
+  if (state_->policy().entropy.on()) return evict_blocks(*state_, positions);
+  if (state_->policy().tier.on()) THINKV_TRY(require_none_in_tier(*state_, positions));
   return evict_positions(*state_, positions);
 }
 
@@ -276,6 +292,9 @@ Result<uint64_t> Sequence::quantize(uint32_t first, uint32_t last, Format format
   }
   if (first > last || last >= state_->header->tokens) {
     return make_error(kInvalidArgument, "the range must lie within the tokens of the sequence");
+  }
+  if (state_->policy().entropy.on() || state_->policy().tier.on()) {
+    return make_error(kUnsupported, "a policy with entropy or tier chooses the formats itself");
   }
   return recode(*state_, first, last + 1, state_->resolve(format));
 }
@@ -315,6 +334,7 @@ SequenceStats Sequence::stats() const {
   stats.steps = c.steps;
   std::copy_n(c.segments, kThoughtCount, stats.segments);
   stats.budget_tokens = state_->budget();
+  for (const TierLane& lane : state_->tier) stats.tier_bytes += lane.bytes();
   return stats;
 }
 

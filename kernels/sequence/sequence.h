@@ -17,7 +17,9 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/sequence/host_tier.h"
 #include "kernels/sequence/page_source.h"
+#include "kernels/sequence/staging.h"
 #include "thinkv/internal/geometry.h"
 #include "thinkv/internal/policy_params.h"
 #include "thinkv/result.h"
@@ -64,6 +66,7 @@ struct SequenceStats {
   uint64_t steps = 0;
   uint64_t segments[kThoughtCount] = {};  // opened so far, by label
   uint64_t budget_tokens = 0;             // in force; 0: none
+  uint64_t tier_bytes = 0;                // in the client's memory, no bytes of the pool
 };
 
 // Working memory of attend_lane(): one a thread, reused from call to call.
@@ -71,6 +74,13 @@ struct AttendScratch {
   std::vector<PageView> views;
   std::vector<float> query;
   std::vector<float> probabilities;
+  // Of policies with streams or a tier.
+  StagingPages staging;
+  std::vector<std::byte> coded;  // the bytes of a block
+  std::vector<uint8_t> codes;
+  std::vector<float> k_rows;
+  std::vector<float> v_rows;
+  TierScratch tier;
 };
 
 class SequenceState;
@@ -85,7 +95,8 @@ class Sequence {
                                                const PolicyParams& policy,
                                                const SequenceOptions& options = {});
   // The sequence whose root page is `root`, as it was between two steps. `source` owns its pages.
-  // Errors: kInvalidArgument where the root page does not hold a sequence of this layout.
+  // Errors: kInvalidArgument where the root page does not hold a sequence of this layout,
+  // kUnsupported where rows of it were in the host tier of the process that detached it.
   // Requires: the pages were written by a Sequence and not changed since.
   [[nodiscard]] static Result<Sequence> attach(PageSource& source, const KernelSet& kernels,
                                                PageId root);
@@ -122,6 +133,11 @@ class Sequence {
   // lanes may run on different threads, each with its own scratch.
   [[nodiscard]] Status attend_lane(uint32_t layer, uint32_t kv_head, const float* q, float* out,
                                    float* lse, AttendScratch& scratch);
+  // Optional, in a step: q [q_heads, head_dim], a guess of the query that attend will have in this
+  // layer. A policy with a tier chooses the rows to fetch by it, once for this step; without it
+  // attend chooses by its own query. All other policies take the call and ignore it.
+  // Errors: kInvalidArgument.
+  [[nodiscard]] Status prefetch(uint32_t layer, const float* q);
   // Budget, and every segment_tokens the refresh: label, close the segment, demote.
   // Errors: kInvalidArgument unless every layer was appended; the step then stays open.
   [[nodiscard]] Status end_step();
@@ -131,11 +147,14 @@ class Sequence {
 
   // ---- requests, between steps ----
   // Evicts by position in every lane; the newest 16 positions and what is not live are skipped.
-  // Result: (token, lane) pairs evicted. Errors: kInvalidArgument (a step or prompt is open).
+  // Result: (token, lane) pairs evicted. Errors: kInvalidArgument (a step or prompt is open);
+  // kUnsupported, with nothing changed, under a policy with streams unless all 64 tokens of a coded
+  // block are named, and under one with a tier for tokens in it.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   // Recodes the live tokens first..last (inclusive) that have left the 16-bit buffer; kF16 and
   // kBf16 both mean the model's 16-bit type. Result: slots recoded. On error nothing has changed.
-  // Errors: kInvalidArgument, and those of PageSource::reserve.
+  // Errors: kInvalidArgument, kUnsupported (a policy with streams or a tier has its formats), and
+  // those of PageSource::reserve.
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
   // Optional: class bits of the tokens from position `first` on, before or after they come, as
   // often as wanted; all others are 0. Kept where the policy reads classes. Also while a prompt is

@@ -12,6 +12,10 @@
 //   LaneHeader.buffer_page    -> two 16-bit K/V pages of 8 slots: the newest tokens
 //   LaneHeader.rank           -> RankLane, where the policy has rank rules
 //     SequenceHeader.classes  -> u8 by position, where its rules read token classes
+//   LaneHeader.stream         -> StreamLane, where the policy has entropy-coded streams
+//     StreamLane.pages        -> page ids, in the order of the stream's bytes
+//     StreamLane.blocks       -> StreamBlock [], by position
+//     SequenceHeader.codebooks -> LayerCodes, by layer
 //
 // A meta page is cut into granules of 64 bytes; granule 0 is its header, the others are handed out
 // as blocks of neighbouring granules. A vector (VectorHeader) is one block of 2^n granules; where
@@ -25,6 +29,7 @@
 #include <type_traits>
 
 #include "kernels/policy/segments.h"
+#include "kernels/stream/huffman.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/internal/policy_params.h"
 #include "thinkv/internal/units.h"
@@ -33,7 +38,7 @@ namespace thinkv::kernels {
 
 inline constexpr uint32_t kSequenceMagic = 0x53564B54;  // "TKVS"
 inline constexpr uint32_t kMetaPageMagic = 0x4D564B54;  // "TKVM"
-inline constexpr uint32_t kSequenceLayoutVersion = 2;
+inline constexpr uint32_t kSequenceLayoutVersion = 3;
 inline constexpr uint32_t kGranuleBytes = 64;
 inline constexpr uint32_t kBufferPages = 2;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -86,8 +91,9 @@ struct LaneHeader {
   uint16_t buffer_score[16];           // fp16
   uint8_t buffer_count;                // tokens in the buffer, 0..16
   uint8_t reserved0[3];
-  BlockRef rank;  // RankLane; kNoneRaw: the policy has no rank rules
-  uint8_t reserved1[12];
+  BlockRef rank;    // RankLane; kNoneRaw: the policy has no rank rules
+  BlockRef stream;  // StreamLane; kNoneRaw: the policy has no streams
+  uint8_t reserved1[4];
 };
 static_assert(sizeof(LaneHeader) == 128 && offsetof(LaneHeader, buffer_score) == 72);
 static_assert(offsetof(LaneHeader, buffer_count) == 104);
@@ -102,6 +108,36 @@ struct RankLane {
 };
 static_assert(sizeof(RankLane) == 2 * kGranuleBytes);
 inline constexpr uint32_t kRankLaneGranules = sizeof(RankLane) / kGranuleBytes;
+
+// Blocks begin at multiples of it, so that 32 bits reach 64 GiB.
+inline constexpr uint32_t kStreamUnitBytes = 16;
+
+// 64 tokens of a stream (kernels/stream/coded_block.h).
+struct StreamBlock {
+  uint32_t unit;  // where it begins, in units from the stream's first byte
+  uint32_t bytes;
+  uint32_t first_position;
+  uint32_t raw;  // 1: 16-bit rows
+};
+static_assert(sizeof(StreamBlock) == 16);
+
+// The entropy-coded part of a lane: bytes that are only ever added at the end.
+struct StreamLane {
+  VectorHeader pages;     // PageId::raw; kNoneRaw where no block is left in a page
+  VectorHeader blocks;    // StreamBlock
+  uint32_t end_unit;      // the next block begins here
+  uint32_t end_position;  // all tokens before it are in blocks, or gone with one
+  uint8_t reserved[24];
+};
+static_assert(sizeof(StreamLane) == kGranuleBytes);
+inline constexpr uint32_t kStreamLaneGranules = sizeof(StreamLane) / kGranuleBytes;
+
+// Codebooks of a layer, made of its first blocks; a length of 0 at symbol 0: not made yet.
+struct LayerCodes {
+  CodeLengths key;
+  CodeLengths value;
+};
+static_assert(sizeof(LayerCodes) == 512);
 
 struct SequenceCounters {
   uint64_t evicted_slots;
@@ -137,16 +173,17 @@ struct SequenceHeader {
   VectorHeader segments;
   SequenceCounters counters;
   PolicyParams policy;
-  VectorHeader classes;  // u8, by position; shorter than the sequence: the others are 0
-  uint32_t waiting;      // 1: rules of the prompt's end wait for queries
-  uint32_t reserved0;
+  VectorHeader classes;     // u8, by position; shorter than the sequence: the others are 0
+  uint32_t waiting;         // 1: rules of the prompt's end wait for queries
+  uint32_t tier_tokens;     // of each sparse lane in the host tier: gone with the process
+  VectorHeader codebooks;   // LayerCodes, by layer; empty: the policy has no streams
   uint64_t gathered_bytes;  // codes and scales that moved where the prompt was cut
-  uint8_t reserved1[32];
+  uint8_t reserved1[16];
 };
 static_assert(offsetof(SequenceHeader, lanes) == 64);
 static_assert(offsetof(SequenceHeader, counters) == 96);
 static_assert(offsetof(SequenceHeader, policy) == 192);
-static_assert(sizeof(SequenceHeader) == 704 && sizeof(SequenceHeader) % kGranuleBytes == 0);
+static_assert(sizeof(SequenceHeader) == 768 && sizeof(SequenceHeader) % kGranuleBytes == 0);
 inline constexpr uint32_t kSequenceHeaderGranules = sizeof(SequenceHeader) / kGranuleBytes;
 inline constexpr uint32_t kSequenceHeaderGranule = 1;  // first block of the root page
 

@@ -43,6 +43,7 @@ void SequenceState::create_root(const PolicyParams& policy, bool trace_sparsity)
   SharedVector<LaneHeader>::initialise(header->lanes);
   SegmentTable::initialise(header->segments);
   ClassTable::initialise(header->classes);
+  SharedVector<LayerCodes>::initialise(header->codebooks);
 }
 
 void SequenceState::push_lanes(SharedVector<LaneHeader> table) {
@@ -51,15 +52,25 @@ void SequenceState::push_lanes(SharedVector<LaneHeader> table) {
     LaneHeader fresh{};
     SharedVector<PageDescriptor>::initialise(fresh.pages);
     fresh.buffer_page[0] = fresh.buffer_page[1] = PageId::kNoneRaw;
-    fresh.rank.page = PageId::kNoneRaw;
+    fresh.rank.page = fresh.stream.page = PageId::kNoneRaw;
     if (policy().evict == EvictRule::kRank) {
       fresh.rank = heap.allocate(kRankLaneGranules);
       auto* rank_lane = reinterpret_cast<RankLane*>(heap.address(fresh.rank));
       rank_lane->head_signal = std::numeric_limits<float>::quiet_NaN();
       rank_lane->mask = policy::kMaskFull;
     }
+    if (policy().entropy.on()) {
+      fresh.stream = heap.allocate(kStreamLaneGranules);
+      Stream::initialise(*stream_header(store, fresh));
+    }
     table.push(fresh);
   }
+}
+
+void SequenceState::push_codebooks() {
+  SharedVector<LayerCodes> table(header->codebooks, heap);
+  table.grow_for(geometry.layers);
+  for (uint32_t i = 0; i < geometry.layers; ++i) table.push({});
 }
 
 Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& options) {
@@ -71,11 +82,16 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
   lane_table.add_need(geometry.lanes(), need);
   table.add_need(1, need);
   if (policy.evict == EvictRule::kRank) need.add_blocks(kRankLaneGranules, geometry.lanes());
+  if (policy.entropy.on()) {
+    need.add_blocks(kStreamLaneGranules, geometry.lanes());
+    SharedVector<LayerCodes>(header->codebooks, heap).add_need(geometry.layers, need);
+  }
   if (const Status reserved = pages.reserve(need.pages()); !reserved) {
     heap.destroy();
     return reserved.error();
   }
   push_lanes(lane_table);
+  if (policy.entropy.on()) push_codebooks();
   table.grow_for(1);
   table.push({.start = 0,
               .end = policy::kOpenEnd,
@@ -87,6 +103,7 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
   pages.end_reservation();
   view_lanes();
   size_scratch();
+  if (policy.entropy.on()) THINKV_CHECK(load_coding(*this));
   return {};
 }
 
@@ -98,9 +115,10 @@ bool SequenceState::adopt(PageId root) {
   const bool ranked = policy().evict == EvictRule::kRank;
   for (const LaneHeader* lane_header : lanes) {
     if (ranked != (lane_header->rank.page != PageId::kNoneRaw)) return false;
+    if (policy().entropy.on() != (lane_header->stream.page != PageId::kNoneRaw)) return false;
   }
   size_scratch();
-  return true;
+  return !policy().entropy.on() || load_coding(*this);
 }
 
 void SequenceState::destroy() {
@@ -108,6 +126,7 @@ void SequenceState::destroy() {
   THINKV_CHECK(header->data_pages == 0);
   segments().destroy();
   classes().destroy();
+  SharedVector<LayerCodes>(header->codebooks, heap).destroy();
   SharedVector<LaneHeader>(header->lanes, heap).destroy();
   pages.end_reservation();
   heap.destroy();
@@ -134,6 +153,7 @@ void SequenceState::size_scratch() {
   for (uint32_t i = 0; i < p.label_layer_count; ++i) label_layer[p.label_layers[i]] = 1;
   k_rows.assign(size_t{kSlotsPerPageMax} * geometry.head_dim, 0.0f);
   v_rows.assign(size_t{kSlotsPerPageMax} * geometry.head_dim, 0.0f);
+  if (p.tier.on()) tier.resize(geometry.lanes());
   if (p.evict != EvictRule::kTbe) return;
   // A merge joins two segments at the last level, each smaller than a whole one.
   const size_t most = size_t{2} * p.segment_tokens;
@@ -147,7 +167,11 @@ void SequenceState::size_scratch() {
   keys.resize(std::max(p.segment_tokens, merged) * heads * geometry.head_dim);
 }
 
-FlushFormats SequenceState::flush_formats() const {
+FlushFormats SequenceState::flush_formats(uint32_t layer) const {
+  if (policy().tier.on() && policy().tier.dense(layer)) {
+    const Format dense = resolve(policy().tier.dense_format);
+    return {.sink = dense, .thought = dense, .sink_tokens = 0};
+  }
   const SegmentTable table = segments();
   const policy::Segment& open = table[table.size() - 1];
   return {.sink = resolve(policy().sink_format),

@@ -10,6 +10,8 @@
 
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/coding.h"
+#include "kernels/sequence/host_tier.h"
 #include "kernels/sequence/lane.h"
 #include "kernels/sequence/rank_work.h"
 #include "kernels/sequence/sequence.h"
@@ -46,7 +48,7 @@ class SequenceState {
   [[nodiscard]] Format resolve(Format format) const {
     return is_16bit(format) ? store.wide : format;
   }
-  [[nodiscard]] FlushFormats flush_formats() const;
+  [[nodiscard]] FlushFormats flush_formats(uint32_t layer) const;
   // What a flush multiplies the numbers of slots with.
   [[nodiscard]] float flush_decay() const;
   [[nodiscard]] FlushScratch flush_scratch() { return {k_rows.data(), v_rows.data()}; }
@@ -88,10 +90,14 @@ class SequenceState {
   std::vector<uint8_t> keep;
   AttendScratch attend_scratch;
   RankWork rank;
+  CodingWork coding;           // of a policy with streams
+  std::vector<TierLane> tier;  // by lane, of a policy with a tier; else empty
+  TierScratch tier_scratch;
 
  private:
   void create_root(const PolicyParams& policy, bool trace_sparsity);
   void push_lanes(SharedVector<LaneHeader> table);
+  void push_codebooks();
   void view_lanes();
   void size_scratch();
 };
@@ -99,8 +105,9 @@ class SequenceState {
 // The parts of a step; see Sequence for what they do and return.
 [[nodiscard]] Status reserve_step(SequenceState& state);
 void append_layer(SequenceState& state, uint32_t layer, const float* k, const float* v);
-void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32_t lane, bool emit,
-                     const float* q, float* out, float* lse, AttendScratch& scratch);
+[[nodiscard]] Status attend_one_lane(const SequenceState& state, SparsityCount* sparsity,
+                                     uint32_t lane, bool emit, const float* q, float* out,
+                                     float* lse, AttendScratch& scratch);
 [[nodiscard]] Status prefill_layer(SequenceState& state, uint32_t layer, const float* k,
                                    const float* v, uint32_t tokens);
 void finish_step(SequenceState& state);

@@ -1,11 +1,12 @@
 // step.cpp: what a decode step does to the lanes: reserve, append, attend, undo.
 #include <algorithm>
-#include <array>
 
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/coding.h"
 #include "kernels/sequence/rank.h"
 #include "kernels/sequence/scores.h"
 #include "kernels/sequence/sequence_state.h"
+#include "kernels/sequence/tiering.h"
 #include "thinkv/internal/check.h"
 
 namespace thinkv::kernels {
@@ -15,9 +16,10 @@ constexpr Error kLaneFull =
     make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
 
 // The pages that one lane can need between begin_step and end_step.
-bool add_lane_need(const SequenceState& state, LaneHeader& header, uint32_t& data_pages,
+bool add_lane_need(const SequenceState& state, uint32_t lane, uint32_t& data_pages,
                    MetaNeed& need) {
-  const FlushFormats formats = state.flush_formats();
+  LaneHeader& header = *state.lanes[lane];
+  const FlushFormats formats = state.flush_formats(lane / state.geometry.kv_heads);
   const uint32_t position = state.header->tokens;
   uint32_t count = header.buffer_count;
   bool promoted = false;
@@ -35,6 +37,7 @@ bool add_lane_need(const SequenceState& state, LaneHeader& header, uint32_t& dat
            .fits) {
     return false;
   }
+  if (state.coding.due && !add_coding_need(state, lane, data_pages, need)) return false;
   return !state.firing || add_rank_need(state, Lane(state.store, header), data_pages, need);
 }
 
@@ -56,10 +59,11 @@ Status reserve_step(SequenceState& state) {
   state.firing = false;
   state.flushing = state.closing;
   if (state.policy().evict == EvictRule::kRank) plan_rank_step(state);
+  if (state.policy().entropy.on()) THINKV_TRY(code_step(state));
   uint32_t data_pages = 0;
   MetaNeed need(state.heap.granules_per_page());
-  for (LaneHeader* lane : state.lanes) {
-    if (!add_lane_need(state, *lane, data_pages, need)) return kLaneFull;
+  for (uint32_t lane = 0; lane < state.lanes.size(); ++lane) {
+    if (!add_lane_need(state, lane, data_pages, need)) return kLaneFull;
   }
   if (state.closing) {
     const SegmentTable table = state.segments();
@@ -73,7 +77,7 @@ Status reserve_step(SequenceState& state) {
 
 void append_layer(SequenceState& state, uint32_t layer, const float* k, const float* v) {
   const uint32_t dim = state.geometry.head_dim;
-  const FlushFormats formats = state.flush_formats();
+  const FlushFormats formats = state.flush_formats(layer);
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
     LaneHeader& lane = *state.lanes[state.lane_index(layer, head)];
     if (lane.buffer_count == kBufferTokens) {
@@ -109,8 +113,8 @@ void collect_views(const SequenceState& state, uint32_t lane_index, std::vector<
   }
 }
 
-void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32_t lane, bool emit,
-                     const float* q, float* out, float* lse, AttendScratch& scratch) {
+Status attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32_t lane,
+                       bool emit, const float* q, float* out, float* lse, AttendScratch& scratch) {
   const uint32_t dim = state.geometry.head_dim;
   const uint32_t group = state.geometry.group();
   collect_views(state, lane, scratch.views);
@@ -119,6 +123,8 @@ void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32
   std::copy_n(q, size_t{group} * dim, scratch.query.data());
   const bool rotate = state.policy().rotate != 0;
   if (rotate) state.kernels.rotate(scratch.query.data(), group, dim);
+  if (state.policy().entropy.on()) THINKV_TRY(add_stream_views(state, lane, scratch));
+  if (state.policy().tier.on()) add_tier_views(state, lane, scratch);
   if (emit) scratch.probabilities.resize(scratch.views.size() * kSlotsPerPageMax);
   state.kernels.attend({.pages = scratch.views,
                         .head_dim = dim,
@@ -132,12 +138,13 @@ void attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint32
                         .probabilities = emit ? scratch.probabilities.data() : nullptr,
                         .reduce = static_cast<GqaReduce>(state.policy().score_reduce)});
   if (rotate) state.kernels.rotate_back(out, group, dim);
-  if (!emit) return;
+  if (!emit) return {};
   if (state.store.sums) {
     accumulate_sums(state.lane(lane), scratch.probabilities.data());
   } else {
     accumulate_scores(state.lane(lane), scratch.probabilities.data());
   }
+  return {};
 }
 
 void undo_step(SequenceState& state) {
@@ -148,87 +155,6 @@ void undo_step(SequenceState& state) {
     }
   }
   state.pages.end_reservation();
-}
-
-namespace {
-
-struct PromptNeed {
-  uint32_t sinks;  // tokens in the sink format
-  uint32_t others;
-  Format sink_format;
-  Format other_format;
-};
-
-PromptNeed split_prompt(const SequenceState& state, uint32_t tokens) {
-  const PolicyParams& p = state.policy();
-  PromptNeed need{.sinks = std::min(tokens, p.sink_tokens),
-                  .others = 0,
-                  .sink_format = state.resolve(p.sink_format),
-                  .other_format = state.resolve(p.prompt_format)};
-  if (need.sink_format == need.other_format) need.sinks = 0;
-  need.others = tokens - need.sinks;
-  return need;
-}
-
-// Tokens [first, first + count) of one kv head of k and v, in chunks of a page at most.
-void write_prompt(SequenceState& state, Lane lane, Format format, uint32_t first, uint32_t count,
-                  const float* k, const float* v) {
-  const uint32_t dim = state.geometry.head_dim;
-  const size_t stride = size_t{state.geometry.kv_heads} * dim;
-  std::array<uint32_t, kSlotsPerPageMax> positions;
-  for (uint32_t done = 0; done < count;) {
-    const uint32_t chunk = std::min(count - done, kSlotsPerPageMax);
-    for (uint32_t i = 0; i < chunk; ++i) {
-      const size_t token = size_t{first} + done + i;
-      std::copy_n(k + token * stride, dim, state.k_rows.data() + size_t{i} * dim);
-      std::copy_n(v + token * stride, dim, state.v_rows.data() + size_t{i} * dim);
-      positions[i] = static_cast<uint32_t>(token);
-    }
-    if (state.policy().rotate != 0) {
-      state.kernels.rotate(state.k_rows.data(), chunk, dim);
-      state.kernels.rotate(state.v_rows.data(), chunk, dim);
-    }
-    const TokenRows rows{.k = state.k_rows.data(),
-                         .v = state.v_rows.data(),
-                         .positions = positions.data(),
-                         .scores = nullptr,
-                         .count = chunk};
-    THINKV_CHECK(lane.write(format, rows) == 0);  // a lane without evicted slots
-    done += chunk;
-  }
-}
-
-}  // namespace
-
-Status prefill_layer(SequenceState& state, uint32_t layer, const float* k, const float* v,
-                     uint32_t tokens) {
-  const PromptNeed prompt = split_prompt(state, tokens);
-  uint32_t data_pages = 0;
-  MetaNeed need(state.heap.granules_per_page());
-  for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
-    const Lane lane = state.lane(state.lane_index(layer, head));
-    const uint32_t sinks = lane.new_pages(prompt.sink_format, prompt.sinks);
-    const uint32_t others = lane.new_pages(prompt.other_format, prompt.others);
-    const Format larger = page_layout(prompt.sink_format, state.geometry.head_dim).slots >
-                                  page_layout(prompt.other_format, state.geometry.head_dim).slots
-                              ? prompt.sink_format
-                              : prompt.other_format;
-    if (!lane.add_need(larger, sinks + others, need)) return kLaneFull;
-    data_pages += sinks + others;
-  }
-  THINKV_TRY(state.pages.reserve(data_pages + need.pages()));
-  const size_t dim = state.geometry.head_dim;
-  for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
-    Lane lane = state.lane(state.lane_index(layer, head));
-    lane.grow_for(lane.new_pages(prompt.sink_format, prompt.sinks) +
-                  lane.new_pages(prompt.other_format, prompt.others));
-    const size_t row = head * dim;
-    write_prompt(state, lane, prompt.sink_format, 0, prompt.sinks, k + row, v + row);
-    write_prompt(state, lane, prompt.other_format, prompt.sinks, prompt.others, k + row, v + row);
-    lane.header().live_prompt = tokens;
-  }
-  state.pages.end_reservation();
-  return {};
 }
 
 }  // namespace thinkv::kernels

@@ -60,6 +60,24 @@ static void decode(thinkv_model* model, thinkv_sequence* sequence, int tokens) {
   }
 }
 
+static void bad_hints(thinkv_sequence* sequence) {
+  FAILS(thinkv_sequence_prefill_queries(sequence, 0, NULL, &error), THINKV_INVALID_ARGUMENT,
+        "q is null");
+  thinkv_tensor bad = kt;
+  bad.shape[0] = 65;
+  FAILS(thinkv_sequence_prefill_queries(sequence, 0, &bad, &error), THINKV_INVALID_ARGUMENT,
+        "q has 65 queries, at most 64");
+  FAILS(thinkv_sequence_token_classes(sequence, 0, NULL, 3, &error), THINKV_INVALID_ARGUMENT,
+        "classes is null");
+  OK(thinkv_sequence_token_classes(sequence, 0, NULL, 0, &error));
+  FAILS(thinkv_sequence_prefetch(sequence, 0, NULL, &error), THINKV_INVALID_ARGUMENT, "q is null");
+  bad = qt;
+  bad.ndim = 2;
+  bad.shape[0] = qt.shape[1];
+  bad.shape[1] = qt.shape[2];
+  FAILS(thinkv_sequence_prefetch(sequence, 0, &bad, &error), THINKV_INVALID_ARGUMENT, "no step");
+}
+
 static void null_arguments(void) {
   start_phase("null arguments");
   thinkv_client* client = NULL;
@@ -99,15 +117,7 @@ static void null_arguments(void) {
   bad = kt;
   bad.dtype = 7;
   FAILS(thinkv_sequence_prefill(sequence, 0, &bad, &vt, &error), THINKV_UNSUPPORTED, "type 7");
-  FAILS(thinkv_sequence_prefill_queries(sequence, 0, NULL, &error), THINKV_INVALID_ARGUMENT,
-        "q is null");
-  bad = kt;
-  bad.shape[0] = 65;
-  FAILS(thinkv_sequence_prefill_queries(sequence, 0, &bad, &error), THINKV_INVALID_ARGUMENT,
-        "q has 65 queries, at most 64");
-  FAILS(thinkv_sequence_token_classes(sequence, 0, NULL, 3, &error), THINKV_INVALID_ARGUMENT,
-        "classes is null");
-  OK(thinkv_sequence_token_classes(sequence, 0, NULL, 0, &error));
+  bad_hints(sequence);
   thinkv_client_close(client);
 }
 

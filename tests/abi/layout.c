@@ -70,7 +70,8 @@ AT(thinkv_sequence_stats, bytes_held, 64);
 AT(thinkv_sequence_stats, over_budget_steps, 120);
 AT(thinkv_sequence_stats, thoughts, 128);
 AT(thinkv_sequence_stats, budget_tokens, 152);
-AT(thinkv_sequence_stats, reserved, 160);
+AT(thinkv_sequence_stats, tier_bytes, 160);
+AT(thinkv_sequence_stats, reserved, 168);
 
 _Static_assert(THINKV_OK == 0 && THINKV_INVALID_ARGUMENT == 1 && THINKV_EXHAUSTED == 2, "codes");
 _Static_assert(THINKV_QUOTA_EXCEEDED == 3 && THINKV_NOT_FOUND == 4 && THINKV_STALE == 5, "codes");

@@ -93,7 +93,7 @@ class CommandLine(DaemonCase):
                               timeout=10, env=self.environment(), check=False)
 
     def test_version(self):
-        self.assertRegex(self.thinkvd("--version").stdout, r"^thinkvd \d+\.\d+\.\d+, protocol 2\.")
+        self.assertRegex(self.thinkvd("--version").stdout, r"^thinkvd \d+\.\d+\.\d+, protocol 3\.")
 
     def test_check_config_accepts_the_shipped_file(self):
         done = self.thinkvd("--config", str(SOURCE / "config/thinkvd.yaml"), "--check-config")

@@ -9,6 +9,7 @@ from engine_support import ROOT  # noqa: F401  (puts tools/ on the path)
 
 from engine.calibration import calibrate, to_yaml
 from engine.modes import find_modes
+from engine.top_mass import dense_layers, describe, query_weights, top_mass_error
 
 CENTRES = (0.55, 0.72, 0.90)  # execution, reasoning, transition
 NAMES = ("execution", "reasoning", "transition")
@@ -117,6 +118,33 @@ class Yaml(unittest.TestCase):
         self.assertIn("classes: 1\n", text)
         self.assertNotIn("layers:", text)
         self.assertNotIn("thresholds:", text)
+
+
+class TopMass(unittest.TestCase):
+    def test_the_error_falls_as_attention_peaks(self) -> None:
+        random = np.random.default_rng(11)
+        table = {0: 0.95, 1: 0.74, 2: 0.373, 3: 0.119, 4: 0.030}
+        for sigma, expected in table.items():
+            logits = sigma * random.standard_normal((64, 2000))
+            weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+            self.assertAlmostEqual(top_mass_error(weights), expected, delta=0.015)
+
+    def test_queries_see_what_came_before_them(self) -> None:
+        random = np.random.default_rng(3)
+        q = random.standard_normal((5, 4, 8), np.float32)
+        k = random.standard_normal((40, 2, 8), np.float32)
+        weights = query_weights(q, k)
+        self.assertEqual(weights.shape, (4, 5, 40))
+        np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-5)
+        logits = k[:38, 1] @ q[2, 3] / np.sqrt(8)  # query row 2 of 5 is token 37
+        np.testing.assert_allclose(weights[3, 2, :38],
+                                   np.exp(logits) / np.exp(logits).sum(), rtol=1e-4)
+        self.assertEqual(weights[3, 2, 38:].max(), 0.0)
+
+    def test_the_policy_line_names_the_layers_above_the_limit(self) -> None:
+        errors = np.array([0.4, 0.2, 0.201, 0.01])
+        self.assertEqual(dense_layers(errors), [0, 2])
+        self.assertTrue(describe(errors).endswith("tier: {dense_layers: [0, 2]}"))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ LaneTokens TwinBatch::host_tokens(const Twin& t, uint32_t lane_index) const {
   const kernels::LaneHeader& header = lane.header();
   const uint32_t dim = state.geometry.head_dim;
   const bool due = header.buffer_count == kernels::kBufferTokens;
-  const kernels::FlushFormats formats = state.flush_formats();
+  const kernels::FlushFormats formats = state.flush_formats(lane_index / state.geometry.kv_heads);
   LaneTokens tokens;
   lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
     for (uint64_t left = d.live; left != 0; left &= left - 1) {

@@ -163,13 +163,25 @@ inline void check_invariants(const kernels::Sequence& sequence, std::set<uint32_
       free_slots[page.format] += slots - in_page;
       live += in_page;
     });
+    uint64_t stream_pages = 0;
+    if (auto* stream = kernels::stream_header(state.store, header); stream != nullptr) {
+      const kernels::Stream blocks(state.store, *stream);
+      EXPECT_TRUE(blocks.fits_together());
+      live += blocks.blocks().size() * kernels::kBlockTokens;
+      kernels::SharedVector<uint32_t>(stream->pages, *state.store.heap)
+          .for_each([&](uint32_t, uint32_t page) {
+            if (page == PageId::kNoneRaw) return;
+            EXPECT_TRUE(owned.insert(page).second) << "a page with two owners";
+            ++stream_pages;
+          });
+    }
     for (uint32_t f = 0; f < kFormatCount; ++f) EXPECT_EQ(header.free_slots[f], free_slots[f]);
     EXPECT_EQ(header.live, live);
     EXPECT_LE(header.live_prompt, header.live);
     for (const uint32_t page : header.buffer_page) {
       EXPECT_TRUE(page == PageId::kNoneRaw || owned.insert(page).second);
     }
-    data_pages += lane.pages().size() + buffer_pages(header);
+    data_pages += lane.pages().size() + buffer_pages(header) + stream_pages;
   }
   EXPECT_EQ(state.header->data_pages, data_pages);
 }

@@ -7,6 +7,7 @@
 #include "gtest/gtest.h"
 
 #include "tests/support/device_twin.h"
+#include "thinkv/internal/policy_check.h"
 
 namespace thinkv::cuda {
 namespace {
@@ -164,6 +165,20 @@ TEST(CudaSequenceSizes, RankRulesAreRefusedUntilTheyHaveKernels) {
   ASSERT_FALSE(rules.has_value());
   EXPECT_EQ(rules.error().code, ErrorCode::kUnsupported);
   EXPECT_NE(std::string(rules.error().what).find("host backend only"), std::string::npos);
+}
+
+TEST(CudaSequenceSizes, StreamsAndTiersAreRefusedUntilTheyHaveKernels) {
+  PolicyParams streams = plain_policy(Format::kF16);
+  streams.entropy.key_step = streams.entropy.value_step = 0.1f;
+  PolicyParams tier = plain_policy(Format::kF16);
+  tier.tier.host_bytes = 1;
+  for (const PolicyParams& p : {streams, tier}) {
+    ASSERT_TRUE(policy_params_valid(p));
+    const Status refused = supported(geometry_of(32, 8, 128), p);
+    ASSERT_FALSE(refused.has_value());
+    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+    EXPECT_NE(std::string(refused.error().what).find("entropy or tier"), std::string::npos);
+  }
 }
 
 }  // namespace

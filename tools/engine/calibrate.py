@@ -3,6 +3,8 @@
 Runs prompts on the real model, records the attention sparsity of every layer at every generated
 token, and looks for three modes. A model that shows none gets `classes: 1`: everything is one
 thought type, and the eviction schedule still works.
+
+With --dense-layers TEXT it prints instead which layers a policy with a host tier keeps dense.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from .model import Model
 from .prompts import CALIBRATION
 from .sampling import Sampler, SamplingOptions
 from .tokenizer import Tokenizer
+from .top_mass import describe as describe_layers
+from .top_mass import layer_errors
 
 NEAR_ZERO = 0.01
 TAU = 128
@@ -68,6 +72,14 @@ def describe(found: Calibration) -> str:
     return "\n".join(lines)
 
 
+def run_dense_layers(text: pathlib.Path) -> int:
+    file = ModelFile(find_model())
+    model, tokenizer = Model(file.weights()), Tokenizer(file.vocabulary())
+    tokens = tokenizer.encode(text.read_text(encoding="utf-8"))
+    print(describe_layers(layer_errors(model, tokens[: model.config.context])))
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     path = find_model()
     file = ModelFile(path)
@@ -110,10 +122,15 @@ def main(arguments: list[str]) -> int:
                         help="default: config/calibration/MODEL.yaml")
     parser.add_argument("--save-traces", type=pathlib.Path, metavar="FILE",
                         help="also keep the traces (.npz)")
+    parser.add_argument("--dense-layers", type=pathlib.Path, metavar="TEXT",
+                        help="print the layers whose attention over this text is spread out, for "
+                             "a policy's tier.dense_layers; nothing is written")
     options = parser.parse_args(arguments)
     if options.tokens <= 2 * SKIPPED:
         parser.error(f"--tokens must be more than {2 * SKIPPED}")
     try:
+        if options.dense_layers:
+            return run_dense_layers(options.dense_layers)
         return run(options)
     except (DaemonError, WeightsError, ValueError, OSError) as error:
         print(f"calibrate: {error}", file=sys.stderr)

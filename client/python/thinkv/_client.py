@@ -241,6 +241,13 @@ class Sequence(Handle):
         bits = bytes(classes)
         call("thinkv_sequence_token_classes", self._handle, first, bits, len(bits))
 
+    def prefetch(self, layer: int, q: Any) -> None:
+        """q: [q_heads, head_dim], a guess of the layer's query in the open step. Optional, for
+        policies with a tier: the rows that the step fetches are chosen by it."""
+        check = as_device if self.model.on_gpu else as_input
+        query = check("q", q, (self.model.q_heads, self.model.head_dim))
+        call("thinkv_sequence_prefetch", self._handle, layer, byref(query.tensor))
+
     def evict(self, positions: Iterable[int]) -> int:
         """Evicts tokens by position in every lane; result: (token, lane) pairs evicted."""
         chosen = list(positions)
@@ -305,6 +312,7 @@ class Sequence(Handle):
             "demotions": s.demotions,
             "over_budget_steps": s.over_budget_steps,
             "budget_tokens": s.budget_tokens,
+            "tier_bytes": s.tier_bytes,
             "thoughts": {
                 "reasoning": s.thoughts[0],
                 "execution": s.thoughts[1],

@@ -137,7 +137,8 @@ class SequenceStats(Structure):
         ("over_budget_steps", c_uint64),
         ("thoughts", c_uint64 * 3),
         ("budget_tokens", c_uint64),
-        ("reserved", c_uint64 * 6),
+        ("tier_bytes", c_uint64),
+        ("reserved", c_uint64 * 5),
     ]
 
 
@@ -196,6 +197,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "thinkv_status_name": (c_char_p, [c_int32]),
     "thinkv_sequence_prefill_queries": (c_int32, [_HANDLE, c_uint32, _T, _E]),
     "thinkv_sequence_token_classes": (c_int32, [_HANDLE, c_uint32, c_char_p, c_size_t, _E]),
+    "thinkv_sequence_prefetch": (c_int32, [_HANDLE, c_uint32, _T, _E]),
 }
 
 

@@ -1,6 +1,7 @@
 // policy_check.h: what the core and the step both rely on in a policy's numbers.
 #pragma once
 
+#include "thinkv/internal/placement_check.h"
 #include "thinkv/internal/policy_params.h"
 #include "thinkv/internal/rank_check.h"
 
@@ -34,7 +35,7 @@ namespace thinkv {
     if (p.schedule[i] == 0 || p.schedule[i] >= before) return false;
   }
   if (p.evict == EvictRule::kTbe && p.schedule_length == 0) return false;
-  if (!rank_rules_valid(p)) return false;
+  if (!rank_rules_valid(p) || placement_problem(p).any()) return false;
   if (!(p.near_zero > 0.0f && p.near_zero < 1.0f)) return false;
   if (!(p.score_decay > 0.0f && p.score_decay <= 1.0f)) return false;
   if (p.label_layer_count > 0 && !(p.thresholds[0] <= p.thresholds[1])) return false;

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "thinkv/internal/format.h"
+#include "thinkv/internal/placement.h"
 #include "thinkv/internal/rank_rule.h"
 
 namespace thinkv {
@@ -74,8 +75,11 @@ struct PolicyParams {
   uint16_t score_window = 1;  // W: prompt queries that count; of kWindow, decode steps too
   uint32_t reserved[10] = {};
   RankRule rules[kRulesMax] = {};
+  EntropyParams entropy;
+  TierParams tier;
 };
 static_assert(std::is_trivially_copyable_v<PolicyParams>);
-static_assert(sizeof(PolicyParams) == 192 + kRulesMax * sizeof(RankRule));
+static_assert(sizeof(PolicyParams) ==
+              192 + kRulesMax * sizeof(RankRule) + sizeof(EntropyParams) + sizeof(TierParams));
 
 }  // namespace thinkv

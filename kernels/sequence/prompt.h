@@ -1,0 +1,26 @@
+// prompt.h: where the tokens of a prompt go in one layer: a stream, pages, a tier.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "kernels/sequence/sequence_state.h"
+
+namespace thinkv::kernels {
+
+struct PromptRange {
+  uint32_t first = 0;
+  uint32_t count = 0;
+  Format format = Format::kF16;
+};
+
+// All tokens of the prompt are in exactly one of them.
+struct PromptPlan {
+  uint32_t coded = 0;                // the first ones, whole blocks: into the stream
+  std::array<PromptRange, 2> pages;  // in the order in which they are written
+  PromptRange tier;
+};
+
+[[nodiscard]] PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t tokens);
+
+}  // namespace thinkv::kernels
