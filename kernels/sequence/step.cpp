@@ -15,8 +15,9 @@ constexpr Error kLaneFull =
     make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
 
 // The pages that one lane can need between begin_step and end_step.
-bool add_lane_need(const SequenceState& state, LaneHeader& header, uint32_t& data_pages,
+bool add_lane_need(const SequenceState& state, uint32_t lane, uint32_t& data_pages,
                    MetaNeed& need) {
+  LaneHeader& header = *state.lanes[lane];
   const FlushFormats formats = state.flush_formats();
   const uint32_t position = state.header->tokens;
   uint32_t count = header.buffer_count;
@@ -35,7 +36,7 @@ bool add_lane_need(const SequenceState& state, LaneHeader& header, uint32_t& dat
            .fits) {
     return false;
   }
-  return !state.firing || add_rank_need(state, Lane(state.store, header), data_pages, need);
+  return !state.firing || add_rank_need(state, lane, data_pages, need);
 }
 
 bool closes_segment(const SequenceState& state) {
@@ -58,8 +59,8 @@ Status reserve_step(SequenceState& state) {
   if (state.policy().evict == EvictRule::kRank) plan_rank_step(state);
   uint32_t data_pages = 0;
   MetaNeed need(state.heap.granules_per_page());
-  for (LaneHeader* lane : state.lanes) {
-    if (!add_lane_need(state, *lane, data_pages, need)) return kLaneFull;
+  for (uint32_t lane = 0; lane < state.lanes.size(); ++lane) {
+    if (!add_lane_need(state, lane, data_pages, need)) return kLaneFull;
   }
   if (state.closing) {
     const SegmentTable table = state.segments();

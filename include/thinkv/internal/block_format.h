@@ -56,10 +56,6 @@ namespace block_format_detail {
   return format_info(format).k.bits == 1 ? 64 : 32;
 }
 
-[[nodiscard]] constexpr uint32_t view_of(Format format) {
-  return format == Format::kPair2Second || format == Format::kPair1Second ? 1 : 0;
-}
-
 }  // namespace block_format_detail
 
 // Requires: is_block(format), a supported head_dim.
@@ -74,11 +70,10 @@ namespace block_format_detail {
   layout.v_offset = layout.slots * layout.k_row_bytes();
   const uint32_t scales = layout.v_offset + layout.slots * layout.v_row_bytes();
   const uint32_t set = is_think(format) ? 0 : 4 * head_dim + 4 * layout.slots * layout.v_groups();
-  const uint32_t view = block_format_detail::view_of(format);
-  layout.k_zero_offset = scales + view * set;
+  layout.k_zero_offset = scales + (is_second(format) ? set : 0);
   layout.k_scale_offset = layout.k_zero_offset + 2 * head_dim;
   layout.v_scale_offset = layout.k_scale_offset + 2 * head_dim;
-  layout.channel_offset = scales + (is_pair(format) || view == 1 ? 2 * set : set);
+  layout.channel_offset = scales + (is_pair(format) || is_second(format) ? 2 * set : set);
   layout.position_offset = layout.channel_offset + (is_think(format) ? head_dim / 8 : 0);
   layout.bytes_used = layout.position_offset + layout.slots * 4;
   return layout;

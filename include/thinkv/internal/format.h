@@ -95,8 +95,14 @@ inline constexpr std::array<FormatInfo, kAllFormatCount> kFormats = {{
 [[nodiscard]] constexpr bool is_pair(Format format) {
   return format == Format::kPair2 || format == Format::kPair1;
 }
+[[nodiscard]] constexpr bool is_second(Format format) {
+  return format == Format::kPair2Second || format == Format::kPair1Second;
+}
 [[nodiscard]] constexpr Format second_of(Format pair) {
   return static_cast<Format>(static_cast<uint8_t>(pair) + 1);
+}
+[[nodiscard]] constexpr Format first_of(Format second) {
+  return static_cast<Format>(static_cast<uint8_t>(second) - 1);
 }
 // What a layer without a partner takes instead of a pair's format.
 [[nodiscard]] constexpr Format single_of(Format format) {
