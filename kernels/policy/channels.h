@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -23,13 +24,16 @@ inline void add_energy(std::span<const float> rows, std::span<float> sums) {
 }
 
 // Bits of the `keep` channels with the most energy; of equals the lower channel. `queries` empty:
-// by the keys alone. Requires: room for as many bits as `keys` has channels.
+// by the keys alone. What is
+// not a number counts as the most. Requires: room for as many bits as `keys` has channels.
 inline void choose_channels(std::span<const float> keys, std::span<const float> queries,
                             uint32_t keep, std::span<uint64_t> bits) {
   THINKV_CHECK(keep <= keys.size() && bits.size() * 64 >= keys.size());
   THINKV_CHECK(queries.empty() || queries.size() == keys.size());
+  constexpr float kMost = std::numeric_limits<float>::max();
   std::vector<float> energy(keys.begin(), keys.end());
   for (size_t c = 0; c < queries.size(); ++c) energy[c] *= queries[c];
+  for (float& e : energy) e = e < kMost ? e : kMost;
   std::vector<uint32_t> order(keys.size());
   std::iota(order.begin(), order.end(), 0u);
   std::stable_sort(order.begin(), order.end(),

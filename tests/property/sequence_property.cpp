@@ -83,6 +83,7 @@ class Subject {
   }
   [[nodiscard]] const Sequence& sequence() const { return *sequence_; }
   [[nodiscard]] uint64_t refusals() const { return refusals_; }
+  [[nodiscard]] uint64_t blocks() const { return blocks_; }
 
   void operate() {
     const uint32_t dice = below(100);
@@ -126,7 +127,7 @@ class Subject {
     const uint32_t kind = below(3);
     if (kind == 0) return p;
     if (kind == 1) {
-      testing::draw_rules(p, *random_);
+      testing::draw_rules(p, *random_, below(2) == 0);
       return p;
     }
     p.evict = EvictRule::kTbe;
@@ -297,8 +298,10 @@ class Subject {
   // Which tokens rules drop or recode is theirs; that they leave the buffer, the protected and all
   // values alone, and count what they do, is checked here.
   void adopt_rules() {
+    const std::vector<LaneModel> before = lanes_;
     for (uint32_t i = 0; i < lanes_.size(); ++i) {
       const LaneModel actual = testing::read_lane(*sequence_, i);
+      std::set<uint32_t> in_blocks;  // written now
       for (auto it = lanes_[i].begin(); it != lanes_[i].end();) {
         const auto found = actual.find(it->first);
         if (found == actual.end()) {
@@ -307,7 +310,10 @@ class Subject {
           it = lanes_[i].erase(it);
           continue;
         }
-        if (found->second.format != it->second.format) {
+        if (is_block(found->second.format) && found->second != it->second) {
+          ASSERT_FALSE(it->second.buffered);
+          in_blocks.insert(it->first);
+        } else if (found->second.format != it->second.format) {
           ASSERT_FALSE(it->second.buffered);
           ASSERT_EQ(found->second.format, policy_.rules[0].recode_format);
           it->second =
@@ -317,8 +323,86 @@ class Subject {
         ++it;
       }
       ASSERT_EQ(actual.size(), lanes_[i].size()) << "a token came back";
+      adopt_blocks(i, before, in_blocks);
     }
     recoded_ = sequence_->stats().recoded_slots;
+  }
+
+  // Every block with one of these tokens is what the oracle makes of its tokens as they were.
+  void adopt_blocks(uint32_t index, const std::vector<LaneModel>& before,
+                    const std::set<uint32_t>& fresh) {
+    if (fresh.empty()) return;
+    size_t found = 0;
+    const Lane lane = sequence_->state()->lane(index);
+    lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+      const auto view = static_cast<Format>(page.format);
+      if (!is_block(view)) return;
+      std::vector<uint32_t> positions;
+      bool written = false;  // a dead slot may still name a token that has moved
+      for (uint32_t s = 0; s < lane.layout(page).slots; ++s) {
+        positions.push_back(lane.position(page, s));
+        written = written || (((page.live >> s) & 1u) != 0 && fresh.count(positions.back()) != 0);
+      }
+      if (!written) return;
+      ASSERT_TRUE(std::is_sorted(positions.begin(), positions.end()));
+      const LaneModel coded = through_block(view, index, before, positions, page);
+      for (const auto& [position, token] : coded) {
+        if (fresh.count(position) == 0) continue;
+        lanes_[index][position] = token;
+        ++found;
+      }
+      ++blocks_;
+    });
+    EXPECT_EQ(found, fresh.size());
+  }
+
+  // The tokens at these positions of a lane as a block of that view holds them.
+  LaneModel through_block(Format view, uint32_t index, const std::vector<LaneModel>& before,
+                          const std::vector<uint32_t>& positions, const PageDescriptor& page) {
+    alignas(64) static std::byte bytes[page_bytes(256)];
+    const uint32_t dim = geometry_.head_dim;
+    const bool pair = is_pair(view) || is_second(view);
+    const uint32_t first = is_second(view) ? index - geometry_.kv_heads : index;
+    std::vector<float> rows[4];  // K, V; of the second layer of a pair
+    for (const uint32_t p : positions) {
+      const StoredToken& a = before[first].at(p);
+      rows[0].insert(rows[0].end(), a.k.begin(), a.k.end());
+      rows[1].insert(rows[1].end(), a.v.begin(), a.v.end());
+      if (!pair) continue;
+      const StoredToken& b = before[first + geometry_.kv_heads].at(p);
+      rows[2].insert(rows[2].end(), b.k.begin(), b.k.end());
+      rows[3].insert(rows[3].end(), b.v.begin(), b.v.end());
+    }
+    // Which channels stay is the policy's.
+    uint64_t channels = 0;
+    std::memcpy(
+        &channels,
+        sequence_->state()->pages.address(page.page) + block_layout(view, dim).channel_offset,
+        sizeof channels);
+    const uint32_t bits = format_info(view).k.bits;
+    reference().encode_block({.page = bytes,
+                              .format = is_second(view) ? first_of(view) : view,
+                              .head_dim = dim,
+                              .k = rows[0].data(),
+                              .v = rows[1].data(),
+                              .positions = positions.data(),
+                              .eta = bits <= 2 ? policy_.block_eta[bits - 1] : 0.0f,
+                              .second_k = rows[2].data(),
+                              .second_v = rows[3].data(),
+                              .channels = &channels});
+    LaneModel coded;
+    for (uint32_t s = 0; s < positions.size(); ++s) {
+      StoredToken token{view, false, std::vector<float>(dim), std::vector<float>(dim)};
+      const auto slot = static_cast<uint8_t>(s);
+      reference().decode({.page = bytes,
+                          .format = view,
+                          .head_dim = dim,
+                          .slots = {&slot, 1},
+                          .k = token.k.data(),
+                          .v = token.v.data()});
+      coded.emplace(positions[s], std::move(token));
+    }
+    return coded;
   }
   bool protected_by_all(uint32_t position) const {
     bool all = true;
@@ -411,6 +495,7 @@ class Subject {
   uint32_t segment_start_ = 0;
   uint64_t recoded_ = 0;
   uint64_t refusals_ = 0;
+  uint64_t blocks_ = 0;  // written, seen by the model
   bool closed_ = false;
 };
 
@@ -431,7 +516,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
   std::mt19937_64 random(seed);
   VectorPool pool({.head_dim = 64, .capacity = 260, .shuffle_seed = random() | 1});
   std::vector<std::unique_ptr<Subject>> subjects(kSequences);
-  uint64_t refusals = 0, reopened = 0;
+  uint64_t refusals = 0, reopened = 0, blocks = 0;
   for (uint32_t i = 0; i < kOperations && !::testing::Test::HasFailure(); ++i) {
     SCOPED_TRACE("operation " + std::to_string(i) + " of seed " + std::to_string(seed));
     std::unique_ptr<Subject>& subject = subjects[random() % kSequences];
@@ -446,6 +531,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
     if (!subject->closed() && (close || random() % 4 == 0)) subject->verify();
     if (close) {
       refusals += subject->refusals();
+      blocks += subject->blocks();
       subject.reset();
     }
     if (i % 64 == 0) check_pool(pool, subjects);
@@ -458,6 +544,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
   EXPECT_EQ(pool.free_pages(), 260u);
   EXPECT_GT(refusals, 100u) << "the pool was never full: the test tests too little";
   EXPECT_GT(reopened, 100u);
+  EXPECT_GT(blocks, 100u) << "hardly a block was written: the test tests too little";
   std::printf("%u operations, %llu refusals for want of pages, %llu openings\n", kOperations,
               static_cast<unsigned long long>(refusals), static_cast<unsigned long long>(reopened));
 }
