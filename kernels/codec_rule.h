@@ -30,11 +30,11 @@
 //   range = hi - lo + 0 (so never -0), L = 2^b - 1:
 //     code = min(floor((x - lo) * inv + 0.5), L), inv = L / range (0 if range < kRangeMin)
 //     zero = h(lo + eta * range), scale = h((1 - 2 eta) * range / L); value = zero + code * scale
-//   (evaluated from left to right; h as above, at both ends). eta 0 is KIVI; above it the end points
-//   move inwards, which lowers the error at 1 and 2 bits (XQuant). Of a pair of layers the codes are
-//   the first layer's; each layer has its own zero and scale.
+//   (evaluated from left to right; h as above, at both ends). eta 0 is KIVI; above it the end
+//   points move inwards, which lowers the error at 1 and 2 bits (XQuant). Of a pair of layers the
+//   codes are the first layer's; each layer has its own zero and scale.
 //
-// Think. 16 bits as they are, of K the channels of the page's mask in ascending order; others are 0.
+// Think. 16 bits as they are; of K the channels of the page's mask, ascending. The others are 0.
 //
 // Fold. A sum over d values: v[i] += v[i + h] for i < h, with h = d/2, d/4, .., 1; the sum is v[0].
 //   A warp whose lane l owns the dims l + 32 i gets the same bits from registers and shuffles.

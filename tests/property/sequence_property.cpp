@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <optional>
 
+#include "tests/support/format_model.h"
 #include "tests/support/random_rules.h"
 #include "tests/support/sequence_fixture.h"
 
@@ -31,31 +32,8 @@ uint64_t seed_from_environment(uint64_t otherwise) {
   return seed;
 }
 
-using LaneModel = std::map<uint32_t, StoredToken>;
-
-// What a token becomes in a format: encode and decode in slot 0 of a page of our own.
-StoredToken through_format(const std::vector<float>& k, const std::vector<float>& v, Format format,
-                           bool buffered) {
-  alignas(64) static std::byte page[page_bytes(256)];
-  const auto dim = static_cast<uint32_t>(k.size());
-  const uint8_t slot = 0;
-  const uint32_t position = 0;
-  reference().encode({.page = page,
-                      .format = format,
-                      .head_dim = dim,
-                      .slots = {&slot, 1},
-                      .k = k.data(),
-                      .v = v.data(),
-                      .positions = &position});
-  StoredToken token{format, buffered, std::vector<float>(dim), std::vector<float>(dim)};
-  reference().decode({.page = page,
-                      .format = format,
-                      .head_dim = dim,
-                      .slots = {&slot, 1},
-                      .k = token.k.data(),
-                      .v = token.v.data()});
-  return token;
-}
+using testing::LaneModel;
+using testing::through_format;
 
 // One sequence and what it should be.
 class Subject {
@@ -359,50 +337,19 @@ class Subject {
   // The tokens at these positions of a lane as a block of that view holds them.
   LaneModel through_block(Format view, uint32_t index, const std::vector<LaneModel>& before,
                           const std::vector<uint32_t>& positions, const PageDescriptor& page) {
-    alignas(64) static std::byte bytes[page_bytes(256)];
     const uint32_t dim = geometry_.head_dim;
-    const bool pair = is_pair(view) || is_second(view);
     const uint32_t first = is_second(view) ? index - geometry_.kv_heads : index;
-    std::vector<float> rows[4];  // K, V; of the second layer of a pair
+    testing::BlockModel block{.view = view, .head_dim = dim, .positions = positions};
     for (const uint32_t p : positions) {
-      const StoredToken& a = before[first].at(p);
-      rows[0].insert(rows[0].end(), a.k.begin(), a.k.end());
-      rows[1].insert(rows[1].end(), a.v.begin(), a.v.end());
-      if (!pair) continue;
-      const StoredToken& b = before[first + geometry_.kv_heads].at(p);
-      rows[2].insert(rows[2].end(), b.k.begin(), b.k.end());
-      rows[3].insert(rows[3].end(), b.v.begin(), b.v.end());
+      block.add(before[first].at(p), 0);
+      if (is_pair(view) || is_second(view)) block.add(before[first + geometry_.kv_heads].at(p), 1);
     }
-    // Which channels stay is the policy's.
-    uint64_t channels = 0;
-    std::memcpy(
-        &channels,
-        sequence_->state()->pages.address(page.page) + block_layout(view, dim).channel_offset,
-        sizeof channels);
     const uint32_t bits = format_info(view).k.bits;
-    reference().encode_block({.page = bytes,
-                              .format = is_second(view) ? first_of(view) : view,
-                              .head_dim = dim,
-                              .k = rows[0].data(),
-                              .v = rows[1].data(),
-                              .positions = positions.data(),
-                              .eta = bits <= 2 ? policy_.block_eta[bits - 1] : 0.0f,
-                              .second_k = rows[2].data(),
-                              .second_v = rows[3].data(),
-                              .channels = &channels});
-    LaneModel coded;
-    for (uint32_t s = 0; s < positions.size(); ++s) {
-      StoredToken token{view, false, std::vector<float>(dim), std::vector<float>(dim)};
-      const auto slot = static_cast<uint8_t>(s);
-      reference().decode({.page = bytes,
-                          .format = view,
-                          .head_dim = dim,
-                          .slots = {&slot, 1},
-                          .k = token.k.data(),
-                          .v = token.v.data()});
-      coded.emplace(positions[s], std::move(token));
-    }
-    return coded;
+    block.eta = bits <= 2 ? policy_.block_eta[bits - 1] : 0.0f;
+    // Which channels stay is the policy's.
+    const std::byte* bytes = sequence_->state()->pages.address(page.page);
+    std::memcpy(&block.channels, bytes + block_layout(view, dim).channel_offset, 8);
+    return block.coded();
   }
   bool protected_by_all(uint32_t position) const {
     bool all = true;

@@ -4,6 +4,7 @@
 
 #include "kernels/policy/channels.h"
 #include "kernels/sequence/block.h"
+#include "tests/support/format_model.h"
 #include "tests/support/rank_fixture.h"
 #include "thinkv/internal/policy_check.h"
 #include "thinkv/internal/small_float.h"
@@ -16,10 +17,9 @@ using testing::geometry_of;
 using testing::RankWorld;
 using testing::read_lane;
 using testing::shipped_policy;
-using testing::StoredToken;
 
 constexpr uint32_t kDim = 64;
-using Tokens = std::map<uint32_t, StoredToken>;
+using Tokens = testing::LaneModel;
 
 PolicyParams written_policy(const std::string& text) {
   ops::Diagnostics problems("p.yaml");
@@ -28,51 +28,17 @@ PolicyParams written_policy(const std::string& text) {
   return policy ? policy->params : PolicyParams{};
 }
 
-// The rows of [first, end) of a lane, one after the other.
-struct Rows {
-  std::vector<float> k, v;
-  std::vector<uint32_t> positions;
-};
-Rows rows_of(const Tokens& tokens, uint32_t first, uint32_t end) {
-  Rows rows;
-  for (uint32_t p = first; p < end; ++p) {
-    const StoredToken& token = tokens.at(p);
-    rows.k.insert(rows.k.end(), token.k.begin(), token.k.end());
-    rows.v.insert(rows.v.end(), token.v.begin(), token.v.end());
-    rows.positions.push_back(p);
+// What the tokens [first, first + block) become by the oracle; of a pair, `other` is the lane of
+// the partner layer.
+Tokens through_block(Format view, const Tokens& tokens, uint32_t first, float eta,
+                     const Tokens* other) {
+  testing::BlockModel block{.view = view, .head_dim = kDim, .positions = {}, .eta = eta};
+  for (uint32_t p = first; p < first + page_layout(view, kDim).slots; ++p) {
+    block.positions.push_back(p);
+    block.add(tokens.at(p), is_second(view) ? 1 : 0);
+    if (is_second(view) || is_pair(view)) block.add(other->at(p), is_second(view) ? 0 : 1);
   }
-  return rows;
-}
-
-// What the tokens [first, first + block) become by the oracle; of a pair, `before` is the first
-// layer's lane and the result the view that is asked for.
-Rows through_block(Format view, const Tokens& tokens, uint32_t first, float eta = 0.0f,
-                   const Tokens* other = nullptr) {
-  alignas(64) static std::byte page[page_bytes(kDim)];
-  const uint32_t slots = page_layout(view, kDim).slots;
-  const Rows own = rows_of(tokens, first, first + slots);
-  const Rows partner = rows_of(other != nullptr ? *other : tokens, first, first + slots);
-  const Rows& codes = is_second(view) ? partner : own;
-  const Rows& second = is_second(view) ? own : partner;
-  reference().encode_block({.page = page,
-                            .format = is_second(view) ? first_of(view) : view,
-                            .head_dim = kDim,
-                            .k = codes.k.data(),
-                            .v = codes.v.data(),
-                            .positions = own.positions.data(),
-                            .eta = eta,
-                            .second_k = second.k.data(),
-                            .second_v = second.v.data()});
-  Rows out = own;
-  std::vector<uint8_t> all(slots);
-  std::iota(all.begin(), all.end(), uint8_t{0});
-  reference().decode({.page = page,
-                      .format = view,
-                      .head_dim = kDim,
-                      .slots = all,
-                      .k = out.k.data(),
-                      .v = out.v.data()});
-  return out;
+  return block.coded();
 }
 
 // The tokens up to `end` of a lane are blocks in order, each what the oracle makes of the 16-bit
@@ -82,11 +48,9 @@ void expect_blocks(Format view, const Tokens& actual, const Tokens& exact, uint3
   const uint32_t slots = page_layout(view, kDim).slots;
   ASSERT_EQ(end % slots, 0u);
   for (uint32_t first = 0; first < end; first += slots) {
-    const Rows wanted = through_block(view, exact, first, eta, partner);
-    const Rows got = rows_of(actual, first, first + slots);
-    ASSERT_EQ(got.k, wanted.k) << "block at " << first;
-    ASSERT_EQ(got.v, wanted.v) << "block at " << first;
-    for (uint32_t p = first; p < first + slots; ++p) ASSERT_EQ(actual.at(p).format, view) << p;
+    for (const auto& [p, wanted] : through_block(view, exact, first, eta, partner)) {
+      ASSERT_EQ(actual.at(p), wanted) << p;
+    }
   }
   for (const auto& [p, token] : actual) {
     if (p < end) continue;
