@@ -1,6 +1,7 @@
 // block_decode.h: rows of a block page (block_format.h) as fp32, in natural order of dims.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,16 @@ THINKV_LANE_INLINE U8 load_halves(const std::byte* p) {
   return U8{h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]};
 }
 
+// The same as fp32.
+THINKV_LANE_INLINE F8 load_fp16(const std::byte* p) {
+#if THINKV_HOST_AVX2
+  return reinterpret_cast<F8>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return halves_to_float(load_halves(p));
+#endif
+}
+
 // Eight neighbouring codes of `kBits`, from the kBits bytes that hold them.
 template <uint32_t kBits>
 THINKV_LANE_INLINE F8 load_codes(const std::byte* p) {
@@ -38,8 +49,8 @@ template <uint32_t kBits>
 void decode_affine_k(const std::byte* page, const BlockLayout& layout, uint32_t slot, float* out) {
   const std::byte* const row = page + layout.k_offset + slot * layout.k_row_bytes();
   for (uint32_t d = 0; d < layout.head_dim; d += kLanes) {
-    const F8 zero = halves_to_float(load_halves(page + layout.k_zero_offset + 2 * d));
-    const F8 scale = halves_to_float(load_halves(page + layout.k_scale_offset + 2 * d));
+    const F8 zero = load_fp16(page + layout.k_zero_offset + 2 * d);
+    const F8 scale = load_fp16(page + layout.k_scale_offset + 2 * d);
     store(out + d, zero + load_codes<kBits>(row + d * kBits / 8) * scale);
   }
 }
@@ -57,8 +68,8 @@ void decode_affine_v(const std::byte* page, const BlockLayout& layout, uint32_t 
   }
 }
 
-THINKV_LANE_INLINE F8 wide_values(U8 halves, bool bfloat) {
-  return bfloat ? as_float(halves << 16) : halves_to_float(halves);
+THINKV_LANE_INLINE F8 load_wide(const std::byte* p, bool bfloat) {
+  return bfloat ? as_float(load_halves(p) << 16) : load_fp16(p);
 }
 
 inline void decode_think_v(const std::byte* page, const BlockLayout& layout, uint32_t slot,
@@ -66,7 +77,7 @@ inline void decode_think_v(const std::byte* page, const BlockLayout& layout, uin
   const std::byte* const row = page + layout.v_offset + slot * layout.v_row_bytes();
   const bool bfloat = layout.format == Format::kThinkBf16;
   for (uint32_t d = 0; d < layout.head_dim; d += kLanes) {
-    store(out + d, wide_values(load_halves(row + 2 * d), bfloat));
+    store(out + d, load_wide(row + 2 * d, bfloat));
   }
 }
 
@@ -77,16 +88,15 @@ inline void decode_think_k(const std::byte* page, const BlockLayout& layout, uin
   const bool bfloat = layout.format == Format::kThinkBf16;
   alignas(32) float kept[256];
   for (uint32_t i = 0; i < layout.key_dims; i += kLanes) {
-    store(kept + i, wide_values(load_halves(row + 2 * i), bfloat));
+    store(kept + i, load_wide(row + 2 * i, bfloat));
   }
+  std::fill_n(out, layout.head_dim, 0.0f);
   uint32_t next = 0;
   for (uint32_t first = 0; first < layout.head_dim; first += 64) {
     uint64_t mask;
     std::memcpy(&mask, page + layout.channel_offset + first / 8, sizeof(mask));
-    for (uint32_t d = 0; d < 64; ++d) {
-      const bool stored = ((mask >> d) & 1u) != 0 && next < layout.key_dims;
-      out[first + d] = stored ? kept[next] : 0.0f;
-      next += stored ? 1 : 0;
+    for (; mask != 0 && next < layout.key_dims; mask &= mask - 1) {
+      out[first + static_cast<uint32_t>(std::countr_zero(mask))] = kept[next++];
     }
   }
 }
