@@ -182,6 +182,10 @@ Status quantize(thinkv_sequence* sequence, uint32_t first, uint32_t last, const 
                     "nvfp4, ternary",
                     format);
   }
+  if (is_block(*known)) {
+    return describe(ErrorCode::kUnsupported,
+                    "tokens come to format '%.32s' by a rule of the policy only", format);
+  }
   Result<uint64_t> recoded = pin->gpu ? pin->gpu->quantize(first, last, *known)
                                       : pin->sequence->quantize(first, last, *known);
   if (!pin->gpu) pin->source->settle();

@@ -25,6 +25,17 @@
 //   that order; the first m of the largest S_m * S_m / m is the least-squares optimum;
 //   s = e4m3(S_m / m); t = sign(x) if |x| > s * 0.5, else 0 (0 if s = 0); code = t + 1.
 //
+// Affine, b bits (block formats; a group is one channel of K over the tokens of the block, or a run
+//   of channels of one token's V). With lo, hi the least and greatest finite_input of the group and
+//   range = hi - lo + 0 (so never -0), L = 2^b - 1:
+//     code = min(floor((x - lo) * inv + 0.5), L), inv = L / range (0 if range < kRangeMin)
+//     zero = h(lo + eta * range), scale = h((1 - 2 eta) * range / L); value = zero + code * scale
+//   (evaluated from left to right; h as above, at both ends). eta 0 is KIVI; above it the end
+//   points move inwards, which lowers the error at 1 and 2 bits (XQuant). Of a pair of layers the
+//   codes are the first layer's; each layer has its own zero and scale.
+//
+// Think. 16 bits as they are; of K the channels of the page's mask, ascending. The others are 0.
+//
 // Fold. A sum over d values: v[i] += v[i + h] for i < h, with h = d/2, d/4, .., 1; the sum is v[0].
 //   A warp whose lane l owns the dims l + 32 i gets the same bits from registers and shuffles.
 #pragma once
@@ -38,6 +49,7 @@ inline constexpr float kClipFactors[3] = {1.0f, 0.92f, 0.84f};
 inline constexpr float kRmsFactor = 0.9957f;
 inline constexpr float kFp16Max = 65504.0f;
 inline constexpr float kE2m1Max = 6.0f;
+inline constexpr float kRangeMin = 0x1p-100f;
 inline constexpr uint8_t kTernaryZero = 1;  // code of t = 0
 
 [[nodiscard]] constexpr float finite_input(float x) {

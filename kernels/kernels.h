@@ -19,12 +19,26 @@ namespace thinkv::kernels {
 
 struct EncodeParams {
   std::byte* page;  // page_bytes(head_dim), 16-byte aligned
-  Format format;
+  Format format;    // not a block format
   uint32_t head_dim;
   std::span<const uint8_t> slots;  // [n] where each row goes; each < layout.slots, distinct
   const float* k;                  // [n, head_dim] already rotated where the policy rotates
   const float* v;                  // [n, head_dim]
   const uint32_t* positions;       // [n]
+};
+
+// A whole page of a block format. Rows as in EncodeParams, one for each slot of the page.
+struct BlockParams {
+  std::byte* page;
+  Format format;  // a block format; of a pair, the first layer's
+  uint32_t head_dim;
+  const float* k;
+  const float* v;
+  const uint32_t* positions;
+  float eta = 0.0f;                 // 0 .. below 0.5: how far the end points move inwards
+  const float* second_k = nullptr;  // pairs: the second layer's rows of the same tokens
+  const float* second_v = nullptr;
+  const uint64_t* channels = nullptr;  // think: bits [head_dim], think_channels(head_dim) set
 };
 
 struct DecodeParams {
@@ -109,6 +123,7 @@ struct KernelSet {
   void (*rotate)(float* x, uint32_t rows, uint32_t head_dim);
   void (*rotate_back)(float* y, uint32_t rows, uint32_t head_dim);
   void (*encode)(const EncodeParams&);
+  void (*encode_block)(const BlockParams&);
   void (*decode)(const DecodeParams&);
   void (*attend)(const AttendParams&);
   void (*medoids)(const MedoidParams&);

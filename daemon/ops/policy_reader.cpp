@@ -17,6 +17,15 @@ constexpr std::array kFormatNames = {
     Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
     Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
     Choice<Format>{"nvfp4", Format::kNvfp4}, Choice<Format>{"ternary", Format::kTernary}};
+// What a rule can recode to: formats of blocks too.
+constexpr std::array kRecodeNames = {
+    Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
+    Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
+    Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
+    Choice<Format>{"nvfp4", Format::kNvfp4}, Choice<Format>{"ternary", Format::kTernary},
+    Choice<Format>{"kivi4", Format::kKivi4}, Choice<Format>{"kivi2", Format::kKivi2},
+    Choice<Format>{"kivi1", Format::kKivi1}, Choice<Format>{"pair2", Format::kPair2},
+    Choice<Format>{"pair1", Format::kPair1}, Choice<Format>{"think", Format::kThink}};
 constexpr std::array kRotations = {Choice<uint8_t>{"hadamard", 1}, Choice<uint8_t>{"none", 0}};
 constexpr std::array kRules = {Choice<EvictRule>{"tbe", EvictRule::kTbe},
                                Choice<EvictRule>{"rank", EvictRule::kRank},
@@ -247,6 +256,24 @@ void read_scores(MapReader scores, PolicyParams* params, bool lists_keys) {
   scores.finish();
 }
 
+// After the rules: an eta that no format reads would only look as if it had an effect.
+void read_blocks(MapReader blocks, PolicyParams* params, bool lists_keys) {
+  constexpr double kBelowZero = -1e-9;  // 0 is allowed
+  constexpr const char* kKeys[2] = {"eta_1bit", "eta_2bit"};
+  constexpr const char* kNeeds[2] = {"has no effect without a rule that recodes to kivi1 or pair1",
+                                     "has no effect without a rule that recodes to kivi2 or pair2"};
+  bool read[2] = {false, false};
+  for (uint32_t i = 0; i < params->rule_count; ++i) {
+    const uint32_t bits = format_info(params->rules[i].recode_format).k.bits;
+    if (writes_blocks(params->rules[i]) && bits <= 2) read[bits - 1] = true;
+  }
+  for (const uint32_t i : {0u, 1u}) {
+    const bool given = blocks.decimal(kKeys[i], kBelowZero, 0.4999, &params->block_eta[i]);
+    if (given && !read[i] && !lists_keys) blocks.fail(*blocks.node(kKeys[i]), kKeys[i], kNeeds[i]);
+  }
+  blocks.finish();
+}
+
 void read_segment(MapReader segment, PolicyParams* params) {
   segment.integer32("tokens", {16, kSegmentMax}, &params->segment_tokens);
   if (params->segment_tokens % 16 != 0) {
@@ -275,6 +302,10 @@ std::span<const Choice<Format>> format_choices() {
   return kFormatNames;
 }
 
+std::span<const Choice<Format>> recode_choices() {
+  return kRecodeNames;
+}
+
 void read_policy(const PolicySource& source, PolicyParams* params, std::string* description,
                  Diagnostics* diagnostics) {
   std::vector<std::string>* const keys = source.keys;
@@ -296,6 +327,7 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   read_evict(root.child("evict"), params);
   read_scores(root.child("scores"), params, keys != nullptr);
   read_rules(&root, params, diagnostics, keys);
+  read_blocks(root.child("blocks"), params, keys != nullptr);
   root.integer32("kmeans_iterations", {1, 16}, &params->kmeans_iterations);
   read_placement(&root, params, diagnostics, keys != nullptr);
   root.finish();

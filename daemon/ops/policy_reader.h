@@ -23,6 +23,9 @@ struct PolicySource {
 void read_policy(const PolicySource& source, PolicyParams* params, std::string* description,
                  Diagnostics* diagnostics);
 
+// Formats whose slots stand alone.
 [[nodiscard]] std::span<const Choice<Format>> format_choices();
+// What a rule can name as its format.
+[[nodiscard]] std::span<const Choice<Format>> recode_choices();
 
 }  // namespace thinkv::ops

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "daemon/ops/policy_reader.h"
+#include "thinkv/internal/limits.h"
 #include "thinkv/internal/rank_check.h"
 
 namespace thinkv::ops {
@@ -145,16 +146,30 @@ void read_protect(MapReader protect, RankRule* rule) {
   protect.finish();
 }
 
+// [from, to), up to the last layer that a model can have.
+void read_layers(MapReader* map, RankRule* rule) {
+  std::vector<uint32_t> range;
+  if (!map->integers("layers", {0, limits::kLayersMax}, 2, &range)) return;
+  if (range.size() != 2 || range[0] >= range[1]) {
+    map->fail(*map->node("layers"), "layers",
+              "the first layer and the one after the last are expected, as in [0, 8]");
+    return;
+  }
+  rule->layer_first = static_cast<uint8_t>(range[0]);
+  rule->layer_end = static_cast<uint8_t>(range[1] % limits::kLayersMax);  // 0: no end
+}
+
 RankRule read_rule(MapReader map) {
   RankRule rule;
   read_trigger(map.child("trigger"), &rule);
   map.require("trigger");
+  read_layers(&map, &rule);
   read_signal(map.child("signal"), &rule);
   read_budget(map.child("budget"), &rule);
   read_select(map.child("select"), &rule);
   read_protect(map.child("protect"), &rule);
   map.choice<RankAction>("action", kActions, &rule.action);
-  if (map.choice<Format>("format", format_choices(), &rule.recode_format) &&
+  if (map.choice<Format>("format", recode_choices(), &rule.recode_format) &&
       rule.action == RankAction::kEvict) {
     map.fail(*map.node("format"), "format", "has no effect without action: recode");
   }

@@ -223,7 +223,8 @@ THINKV_API thinkv_status thinkv_sequence_prefill_end(thinkv_sequence* sequence,
 THINKV_API thinkv_status thinkv_sequence_evict(thinkv_sequence* sequence, const uint32_t* positions,
                                                size_t count, uint64_t* evicted_slots,
                                                thinkv_error* error);
-/* Recodes the live tokens first..last (inclusive) to another format ("k4v2"), in every lane. */
+/* Recodes the live tokens first..last (inclusive) to another format ("k4v2"), in every lane.
+ * Formats of token blocks ("kivi2") come by a rule of the policy only: THINKV_UNSUPPORTED. */
 THINKV_API thinkv_status thinkv_sequence_quantize(thinkv_sequence* sequence, uint32_t first,
                                                   uint32_t last, const char* format,
                                                   uint64_t* recoded_slots, thinkv_error* error);

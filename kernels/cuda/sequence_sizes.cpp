@@ -106,6 +106,9 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
   if (!policy_params_valid(policy)) {
     return make_error(kInvalidArgument, "the policy's parameters contradict each other");
   }
+  if (const char* const reason = block_format_refusal(policy)) {
+    return make_error(kUnsupported, reason);
+  }
   if (policy.evict == EvictRule::kRank) {
     return make_error(kUnsupported,
                       "the policy has rank rules, which run on the host backend only so far");

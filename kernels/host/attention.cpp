@@ -104,7 +104,7 @@ constexpr AddRows kAddRows[kHeadBlock] = {add_rows<1>, add_rows<2>, add_rows<3>,
 // has one scale a vector, else 1.
 void decode_tile(const PageSide& side, uint32_t tile, uint32_t wanted, const TileSlots& slots,
                  TileRows& rows, float* scales) {
-  side.decode(side.page, *side.section, tile, wanted, rows);
+  side.decode(tile, wanted, rows);
   for (uint32_t i = 0; i < slots.count; ++i) {
     const uint32_t slot = tile * side.section->tile_slots + slots.in_tile[i];
     scales[i] = side.coding.vector_scaled() ? side.vector_scale(slot) : 1.0f;
@@ -229,7 +229,7 @@ void attend(const AttendParams& params) {
   lane.masks.resize(params.pages.size());
   for (size_t p = 0; p < params.pages.size(); ++p) {
     const PageView& page = params.pages[p];
-    THINKV_CHECK(format_valid(static_cast<uint8_t>(page.format)));
+    THINKV_CHECK(format_valid(static_cast<uint8_t>(page.format)) || is_block(page.format));
     lane.masks[p] = window_mask(page, page_layout(page.format, params.head_dim), params);
     lane.count += static_cast<uint32_t>(std::popcount(lane.masks[p]));
   }

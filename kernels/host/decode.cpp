@@ -27,7 +27,7 @@ void decode_side(const PageSide& side, std::span<const uint8_t> slots, float* ou
       if (slot / section.tile_slots == tile) wanted |= 1u << (slot % section.tile_slots);
     }
     if (wanted == 0) continue;
-    side.decode(side.page, section, tile, wanted, rows);
+    side.decode(tile, wanted, rows);
     for (size_t i = 0; i < slots.size(); ++i) {
       if (slots[i] / section.tile_slots != tile) continue;
       scale_row(side, slots[i], rows.row[slots[i] % section.tile_slots],

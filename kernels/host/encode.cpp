@@ -26,11 +26,6 @@ struct Work {
   uint8_t scales[kDimMax / kScaleGroup];
 };
 
-THINKV_LANE_INLINE F8 finite(F8 x) {
-  const F8 number = select(x == x, x, splat(0.0f));
-  return min(max(number, splat(-kFiniteMax)), splat(kFiniteMax));
-}
-
 // The fold of codec_rule.h. Consumes v.
 THINKV_LANE_INLINE float fold_all(F8* v, uint32_t vectors) {
   for (uint32_t h = vectors / 2; h >= 1; h /= 2) {
@@ -306,6 +301,7 @@ void put_vector(std::byte* page, const CodeSection& s, VectorCoding coding, uint
 
 void encode(const EncodeParams& params) {
   THINKV_CHECK(head_dim_supported(params.head_dim) && params.format != Format::kNone);
+  THINKV_CHECK(!is_block(params.format));
   const PageLayout& layout = page_layout(params.format, params.head_dim);
   const FormatInfo& info = format_info(params.format);
   for (size_t row = 0; row < params.slots.size(); ++row) {

@@ -8,6 +8,7 @@
   void rotate(float* x, uint32_t rows, uint32_t head_dim);      \
   void rotate_back(float* y, uint32_t rows, uint32_t head_dim); \
   void encode(const EncodeParams& params);                      \
+  void encode_block(const BlockParams& params);                 \
   void decode(const DecodeParams& params);                      \
   void attend(const AttendParams& params);                      \
   void medoids(const MedoidParams& params);

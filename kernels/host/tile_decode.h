@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "kernels/codec_rule.h"
+#include "kernels/host/block_decode.h"
 #include "kernels/host/vec.h"
 #include "kernels/kernels.h"
 #include "thinkv/internal/small_float.h"
@@ -209,6 +210,7 @@ inline TileDecoder tile_decoder(const CodeSection& section, Coding coding) {
       return tile_decoder_of<Coding::kE2m1, 4>(section);
     case Coding::kTernary:
       return tile_decoder_of<Coding::kTernary, 2>(section);
+    case Coding::kAffine:  // of block formats only
     case Coding::kUniform:
       break;
   }
@@ -223,14 +225,26 @@ struct PageSide {
   const CodeSection* section;
   VectorCoding coding;
   uint32_t scale_offset;
-  TileDecoder decode;
+  TileDecoder decoder;  // null: a block format
+  BlockLayout block{};
 
   PageSide(const std::byte* bytes, const PageLayout& layout, bool k_side)
       : page(bytes),
         section(k_side ? &layout.k : &layout.v),
         coding(k_side ? format_info(layout.format).k : format_info(layout.format).v),
         scale_offset(k_side ? layout.k_scale_offset : layout.v_scale_offset),
-        decode(tile_decoder(*section, coding.coding)) {}
+        decoder(is_block(layout.format) ? nullptr : tile_decoder(*section, coding.coding)) {
+    if (decoder == nullptr) block = block_layout(layout.format, layout.head_dim);
+  }
+
+  void decode(uint32_t tile, uint32_t wanted, TileRows& out) const {
+    if (decoder != nullptr) return decoder(page, *section, tile, wanted, out);
+    for (; wanted != 0; wanted &= wanted - 1) {
+      const auto in_tile = static_cast<uint32_t>(__builtin_ctz(wanted));
+      decode_block_row(page, block, tile * section->tile_slots + in_tile, section->is_k,
+                       out.row[in_tile]);
+    }
+  }
 
   // The scale of a vector_scaled() coding.
   [[nodiscard]] float vector_scale(uint32_t slot) const {

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/codec_rule.h"
 #include "thinkv/internal/small_float.h"
 
 namespace thinkv::kernels {
@@ -76,6 +77,12 @@ THINKV_LANE_INLINE F8 max(F8 a, F8 b) {
   return select(a > b, a, b);
 #endif
 }
+// finite_input of codec_rule.h.
+THINKV_LANE_INLINE F8 finite(F8 x) {
+  const F8 number = select(x == x, x, splat(0.0f));
+  return min(max(number, splat(-kFiniteMax)), splat(kFiniteMax));
+}
+
 // Every lane is in the range of int32.
 THINKV_LANE_INLINE F8 floor(F8 v) {
 #if THINKV_HOST_AVX2

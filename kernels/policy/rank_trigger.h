@@ -69,6 +69,14 @@ struct Moment {
   }
   return any;
 }
+// Some rule recodes to keys of fewer channels.
+[[nodiscard]] constexpr bool leaves_channels_out(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) {
+    any = any || (writes_blocks(policy.rules[i]) && is_think(policy.rules[i].recode_format));
+  }
+  return any;
+}
 // The firing interval of the rules that read attention in decoding; 0: none does.
 [[nodiscard]] constexpr uint32_t attention_interval(const PolicyParams& policy) {
   for (uint32_t i = 0; i < policy.rule_count; ++i) {

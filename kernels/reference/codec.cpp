@@ -229,10 +229,22 @@ void get_vector(const std::byte* page, const Side& side, uint32_t slot, float* o
   }
 }
 
+void decode_block(const DecodeParams& params) {
+  const BlockLayout layout = block_layout(params.format, params.head_dim);
+  for (size_t row = 0; row < params.slots.size(); ++row) {
+    const uint32_t slot = params.slots[row];
+    THINKV_CHECK(slot < layout.slots);
+    const size_t at = row * params.head_dim;
+    if (params.k != nullptr) decode_block_row(params.page, layout, slot, true, params.k + at);
+    if (params.v != nullptr) decode_block_row(params.page, layout, slot, false, params.v + at);
+  }
+}
+
 }  // namespace
 
 void encode(const EncodeParams& params) {
   THINKV_CHECK(head_dim_supported(params.head_dim) && params.format != Format::kNone);
+  THINKV_CHECK(!is_block(params.format));
   const PageLayout& layout = page_layout(params.format, params.head_dim);
   const FormatInfo& info = format_info(params.format);
   for (size_t row = 0; row < params.slots.size(); ++row) {
@@ -248,6 +260,7 @@ void encode(const EncodeParams& params) {
 
 void decode(const DecodeParams& params) {
   THINKV_CHECK(head_dim_supported(params.head_dim) && params.format != Format::kNone);
+  if (is_block(params.format)) return decode_block(params);
   const PageLayout& layout = page_layout(params.format, params.head_dim);
   const FormatInfo& info = format_info(params.format);
   for (size_t row = 0; row < params.slots.size(); ++row) {

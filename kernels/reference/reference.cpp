@@ -8,6 +8,7 @@ const KernelSet& reference() {
       .rotate = ref::rotate,
       .rotate_back = ref::rotate_back,
       .encode = ref::encode,
+      .encode_block = ref::encode_block,
       .decode = ref::decode,
       .attend = ref::attend,
       .medoids = ref::medoids,

@@ -19,8 +19,9 @@ uint32_t score_granules(const LaneStore& store, const PageLayout& layout) {
 }  // namespace
 
 uint32_t Lane::new_pages(Format format, uint32_t tokens) const {
-  const uint32_t free = header_->free_slots[static_cast<size_t>(format)];
   const uint32_t slots = page_layout(format, store_->head_dim).slots;
+  if (is_block(format)) return tokens / slots;
+  const uint32_t free = header_->free_slots[static_cast<size_t>(format)];
   return tokens <= free ? 0 : (tokens - free + slots - 1) / slots;
 }
 
@@ -39,6 +40,11 @@ uint32_t Lane::position(const PageDescriptor& page, uint32_t slot) const {
   std::memcpy(&position, bytes + layout(page).position_offset + slot * kPositionBytes,
               sizeof position);
   return position;
+}
+
+void Lane::count_free(uint8_t format, uint32_t more, uint32_t fewer) {
+  if (is_block(static_cast<Format>(format))) return;
+  header_->free_slots[format] += more - fewer;
 }
 
 std::byte* Lane::score_row(const PageDescriptor& page) const {
@@ -94,7 +100,7 @@ PageDescriptor& Lane::push_page(Format format, uint32_t page) {
   const PageLayout& shape = page_layout(format, store_->head_dim);
   BlockRef score{PageId::kNoneRaw, 0};
   if (store_->scored) score = store_->heap->allocate(score_granules(*store_, shape));
-  header_->free_slots[static_cast<size_t>(format)] += shape.slots;
+  count_free(static_cast<uint8_t>(format), shape.slots, 0);
   return pages_.push({.live = 0,
                       .page = page,
                       .score_page = score.page,
@@ -147,6 +153,7 @@ uint32_t Lane::write_slots(PageDescriptor& page, uint64_t slots, const TokenRows
 }
 
 uint32_t Lane::write(Format format, const TokenRows& rows) {
+  THINKV_CHECK(!is_block(format));
   const uint32_t reused = fill(format, SlotKind::kEvicted, rows, 0);
   uint32_t done = fill(format, SlotKind::kUnwritten, rows, reused);
   while (done < rows.count) {
@@ -170,26 +177,41 @@ void Lane::adopt_page(uint32_t raw, uint32_t count, const void* page_scores) {
   header_->free_slots[page.format] -= count;
 }
 
+void Lane::adopt_block(Format format, uint32_t raw, const void* scores) {
+  PageDescriptor& page = push_page(format, raw);
+  const uint32_t slots = layout(page).slots;
+  page.live = layout(page).full_mask();
+  page.filled = static_cast<uint8_t>(slots);
+  page.first_position = position(page, 0);
+  page.last_position = position(page, slots - 1);
+  if (store_->scored) {
+    std::memcpy(score_row(page), scores, size_t{slots} * store_->score_bytes());
+  }
+  header_->live += slots;
+}
+
 void Lane::drop(uint32_t page_index, uint64_t slots) {
   PageDescriptor& page = pages_[page_index];
   THINKV_CHECK((page.live & slots) == slots);
   const auto count = static_cast<uint32_t>(std::popcount(slots));
   page.live &= ~slots;
   header_->live -= count;
-  header_->free_slots[page.format] += count;
+  count_free(page.format, count, 0);
 }
 
 void Lane::sweep() {
   for (uint32_t i = pages_.size(); i-- > 0;) {
     const PageDescriptor page = pages_[i];
     if (page.live != 0) continue;
-    header_->free_slots[page.format] -= layout(page).slots;
+    count_free(page.format, 0, layout(page).slots);
     if (store_->scored) {
       store_->heap->free({page.score_page, page.score_granule},
                          score_granules(*store_, layout(page)));
     }
-    store_->pages->give_back(PageId(page.page));
-    *store_->data_pages -= 1;
+    if (!is_pair(static_cast<Format>(page.format))) {  // else the second layer's lane owns it
+      store_->pages->give_back(PageId(page.page));
+      *store_->data_pages -= 1;
+    }
     pages_.remove_unordered(i);
   }
 }

@@ -3,6 +3,7 @@
 // Slots that are not live are all writable; no write moves a token. A write in format F
 // takes, in this order: evicted slots of F pages, oldest page first; slots of F pages that were
 // never written; new pages. A page whose last live slot is dropped goes back at the next sweep().
+// Slots of a block page (block_format.h) are never written again alone.
 #pragma once
 
 #include <cstdint>
@@ -51,17 +52,21 @@ class Lane {
   [[nodiscard]] LaneHeader& header() const { return *header_; }
   [[nodiscard]] const SharedVector<PageDescriptor>& pages() const { return pages_; }
 
-  // New pages that writing `tokens` in `format` takes.
+  // New pages that writing `tokens` in `format` takes. Requires: whole blocks of a block format.
   [[nodiscard]] uint32_t new_pages(Format format, uint32_t tokens) const;
   // Metadata for `count` more pages of `format`. Result: false beyond the size of a lane table.
   [[nodiscard]] bool add_need(Format format, uint32_t count, MetaNeed& need) const;
   // Requires: add_need() said true and its pages are promised.
   void grow_for(uint32_t pages) { pages_.grow_for(pages); }
 
-  // Result: how many rows went into evicted slots. Requires: pages promised, table grown.
+  // Result: how many rows went into evicted slots. Requires: not a block format, pages promised,
+  // table grown.
   uint32_t write(Format format, const TokenRows& rows);
   // Makes a buffer page with slots 0..count-1 written a page of the table. Requires: table grown.
   void adopt_page(uint32_t page, uint32_t count, const void* scores);
+  // Makes a page that was written in a block format, tokens ascending by position, one of the
+  // table. `scores` as in TokenRows. Requires: table grown.
+  void adopt_block(Format format, uint32_t page, const void* scores);
 
   // The slots stop to count and become writable. Requires: all of them live.
   void drop(uint32_t page_index, uint64_t slots);
@@ -90,12 +95,17 @@ class Lane {
   // Of the tokens in the buffer, as wide as those of the pages. Requires: the store is scored.
   [[nodiscard]] std::byte* buffer_scores() const;
   [[nodiscard]] RankLane& rank() const;
+  [[nodiscard]] uint32_t slots_of(Format format) const {
+    return page_layout(format, store_->head_dim).slots;
+  }
   [[nodiscard]] const PageLayout& layout(const PageDescriptor& page) const {
     return page_layout(static_cast<Format>(page.format), store_->head_dim);
   }
 
  private:
   enum class SlotKind { kEvicted, kUnwritten };
+  // Of a page in that format; those of a block are never free alone.
+  void count_free(uint8_t format, uint32_t more, uint32_t fewer);
   [[nodiscard]] std::byte* score_row(const PageDescriptor& page) const;
   [[nodiscard]] uint64_t candidates(const PageDescriptor& page, SlotKind kind) const;
   [[nodiscard]] PageDescriptor* oldest_with(Format format, SlotKind kind) const;

@@ -20,7 +20,7 @@ namespace thinkv::kernels {
 void plan_rank_step(SequenceState& state);
 // Adds what the rules of the step or prompt in progress can need in one lane. Result: false beyond
 // the size of a lane table.
-[[nodiscard]] bool add_rank_need(const SequenceState& state, const Lane& lane, uint32_t& data_pages,
+[[nodiscard]] bool add_rank_need(const SequenceState& state, uint32_t lane, uint32_t& data_pages,
                                  MetaNeed& need);
 // A window that begins with this step starts from 0. Requires: begin_step() succeeded.
 void begin_rank_step(SequenceState& state);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "kernels/policy/channels.h"
 #include "kernels/policy/matrix_entropy.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/rank.h"
@@ -50,6 +51,18 @@ void measure_query(SequenceState& state, uint32_t lane_index, uint32_t position,
   accumulate_sums(lane, scratch.probabilities.data());
 }
 
+// Adds the squares of query rows of a kv head, channel by channel, in ascending order of rows.
+void add_query_energy(SequenceState& state, uint32_t lane, const float* q, uint32_t count) {
+  const size_t dim = state.geometry.head_dim;
+  std::vector<float>& energy = state.rank.query_energy;
+  energy.resize(state.lanes.size() * dim, 0.0f);
+  const size_t stride = size_t{state.geometry.q_heads} * dim;
+  const std::span<float> sums(energy.data() + lane * dim, dim);
+  for (uint32_t i = 0; i < count; ++i) {
+    policy::add_energy({q + i * stride, state.geometry.group() * dim}, sums);
+  }
+}
+
 // The truncated entropy of the newest query rows of a kv head.
 float query_entropy(SequenceState& state, uint32_t head, const float* q, uint32_t count) {
   const size_t values = size_t{state.geometry.group()} * state.geometry.head_dim;
@@ -76,6 +89,9 @@ void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32
     const uint32_t lane = state.lane_index(layer, h);
     if (policy::reads_entropy(p))
       state.lane(lane).rank().head_signal = query_entropy(state, h, q, count);
+    if (policy::leaves_channels_out(p)) {
+      add_query_energy(state, lane, q + (count - used) * stride + h * values, used);
+    }
     if (!state.store.sums) continue;
     for (uint32_t i = count - used; i < count; ++i) {
       measure_query(state, lane, state.prompt_tokens - count + i, q + i * stride + h * values);

@@ -54,6 +54,11 @@ struct RankWork {
   std::vector<uint64_t> chosen;           // slots, by page of a lane
   std::vector<uint8_t> queries_given;     // a flag a layer: prefill_queries() of the open prompt
   uint32_t query_count = 0;
+  std::vector<float> query_energy;  // [lanes, head_dim] of the open prompt, where a rule reads it
+  std::vector<SlotRow> block_rows;  // go into blocks
+  std::vector<SlotRow> first_rows;  // the same tokens of the layer before, for a pair
+  std::vector<SlotRow> lane_rows;
+  std::vector<float> first_values;  // K then V of a block of that layer
 };
 
 }  // namespace thinkv::kernels

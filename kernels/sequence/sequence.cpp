@@ -132,6 +132,7 @@ Status Sequence::prefill(uint32_t layer, const float* k, const float* v, uint32_
   if (first) {
     std::fill(s.layer_given.begin(), s.layer_given.end(), uint8_t{0});
     s.rank.queries_given.assign(s.geometry.layers, 0);
+    s.rank.query_energy.clear();
   }
   s.phase = Phase::kPrompt;
   s.prompt_tokens = tokens;
@@ -287,6 +288,10 @@ Result<uint64_t> Sequence::evict(std::span<const uint32_t> positions) {
 
 Result<uint64_t> Sequence::quantize(uint32_t first, uint32_t last, Format format) {
   THINKV_TRY(require(state_.get(), Phase::kIdle, kNotIdle));
+  if (is_block(format)) {
+    return make_error(kUnsupported,
+                      "a format of blocks comes by a rule of the policy: action recode");
+  }
   if (!format_valid(static_cast<uint8_t>(format))) {
     return make_error(kInvalidArgument, "there is no such format");
   }

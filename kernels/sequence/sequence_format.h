@@ -6,7 +6,8 @@
 //     SequenceHeader.lanes    -> LaneHeader [layers x kv_heads], lane = layer * kv_heads + kv head
 //     SequenceHeader.segments -> policy::Segment [], oldest first, the last one is open
 //   LaneHeader.pages          -> PageDescriptor [], in no order
-//     PageDescriptor.page     -> K/V page (page_format.h)
+//     PageDescriptor.page     -> K/V page (page_format.h). A page of a pair format is in two lanes:
+//                                the second layer's owns it, and both hold the same slots live
 //     PageDescriptor.score_*  -> attention by slot, where the policy keeps it: fp16 [slots] decayed
 //                                (TBE) or fp32 [slots] sums (rank rules)
 //   LaneHeader.buffer_page    -> two 16-bit K/V pages of 8 slots: the newest tokens
@@ -100,11 +101,13 @@ static_assert(offsetof(LaneHeader, buffer_count) == 104);
 
 // What rank rules keep of a lane beside its pages.
 struct RankLane {
-  float buffer_sum[16];  // of the tokens in the buffer
-  float head_signal;     // of the prompt's queries: truncated entropy
-  uint32_t mask;         // kFirstFit: the mask that was chosen; kMaskFull before
-  uint32_t mask_tokens;  // kFirstFit: tokens outside the mask's classes that stay
-  uint8_t reserved[52];
+  float buffer_sum[16];      // of the tokens in the buffer
+  float head_signal;         // of the prompt's queries: truncated entropy
+  uint32_t mask;             // kFirstFit: the mask that was chosen; kMaskFull before
+  uint32_t mask_tokens;      // kFirstFit: tokens outside the mask's classes that stay
+  uint32_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
+  uint64_t channels[4];      // bits [head_dim], never changed
+  uint8_t reserved[16];
 };
 static_assert(sizeof(RankLane) == 2 * kGranuleBytes);
 inline constexpr uint32_t kRankLaneGranules = sizeof(RankLane) / kGranuleBytes;

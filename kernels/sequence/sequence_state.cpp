@@ -179,6 +179,13 @@ FlushFormats SequenceState::flush_formats(uint32_t layer) const {
           .sink_tokens = policy().sink_tokens};
 }
 
+Format SequenceState::recode_format(const RankRule& rule, uint32_t layer) const {
+  const Format format = resolve(rule.recode_format);
+  if (!is_pair(format)) return format;
+  if (layer % 2 == 1) return second_of(format);
+  return layer + 1 < geometry.layers ? format : single_of(format);
+}
+
 uint32_t SequenceState::generated_live() const {
   uint32_t most = 0;
   for (const LaneHeader* lane_header : lanes) {

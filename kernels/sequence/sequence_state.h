@@ -44,10 +44,13 @@ class SequenceState {
     return layer * geometry.kv_heads + kv_head;
   }
   [[nodiscard]] const PolicyParams& policy() const { return header->policy; }
-  // A policy's kF16 and kBf16 are the model's 16-bit type.
+  // A policy's kF16 and kBf16 are the model's 16-bit type, and so is kThink.
   [[nodiscard]] Format resolve(Format format) const {
+    if (is_think(format)) return store.wide == Format::kBf16 ? Format::kThinkBf16 : Format::kThink;
     return is_16bit(format) ? store.wide : format;
   }
+  // What tokens that the rule recodes become in a lane of that layer: of a pair format, its view.
+  [[nodiscard]] Format recode_format(const RankRule& rule, uint32_t layer) const;
   [[nodiscard]] FlushFormats flush_formats(uint32_t layer) const;
   // What a flush multiplies the numbers of slots with.
   [[nodiscard]] float flush_decay() const;

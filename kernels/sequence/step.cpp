@@ -38,7 +38,7 @@ bool add_lane_need(const SequenceState& state, uint32_t lane, uint32_t& data_pag
     return false;
   }
   if (state.coding.due && !add_coding_need(state, lane, data_pages, need)) return false;
-  return !state.firing || add_rank_need(state, Lane(state.store, header), data_pages, need);
+  return !state.firing || add_rank_need(state, lane, data_pages, need);
 }
 
 bool closes_segment(const SequenceState& state) {

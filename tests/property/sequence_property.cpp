@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <optional>
 
+#include "tests/support/format_model.h"
 #include "tests/support/random_rules.h"
 #include "tests/support/sequence_fixture.h"
 
@@ -31,31 +32,8 @@ uint64_t seed_from_environment(uint64_t otherwise) {
   return seed;
 }
 
-using LaneModel = std::map<uint32_t, StoredToken>;
-
-// What a token becomes in a format: encode and decode in slot 0 of a page of our own.
-StoredToken through_format(const std::vector<float>& k, const std::vector<float>& v, Format format,
-                           bool buffered) {
-  alignas(64) static std::byte page[page_bytes(256)];
-  const auto dim = static_cast<uint32_t>(k.size());
-  const uint8_t slot = 0;
-  const uint32_t position = 0;
-  reference().encode({.page = page,
-                      .format = format,
-                      .head_dim = dim,
-                      .slots = {&slot, 1},
-                      .k = k.data(),
-                      .v = v.data(),
-                      .positions = &position});
-  StoredToken token{format, buffered, std::vector<float>(dim), std::vector<float>(dim)};
-  reference().decode({.page = page,
-                      .format = format,
-                      .head_dim = dim,
-                      .slots = {&slot, 1},
-                      .k = token.k.data(),
-                      .v = token.v.data()});
-  return token;
-}
+using testing::LaneModel;
+using testing::through_format;
 
 // One sequence and what it should be.
 class Subject {
@@ -83,6 +61,7 @@ class Subject {
   }
   [[nodiscard]] const Sequence& sequence() const { return *sequence_; }
   [[nodiscard]] uint64_t refusals() const { return refusals_; }
+  [[nodiscard]] uint64_t blocks() const { return blocks_; }
 
   void operate() {
     const uint32_t dice = below(100);
@@ -128,7 +107,7 @@ class Subject {
     const uint32_t kind = below(3);
     if (kind == 0) return p;
     if (kind == 1) {
-      testing::draw_rules(p, *random_);
+      testing::draw_rules(p, *random_, below(2) == 0);
       return p;
     }
     p.evict = EvictRule::kTbe;
@@ -299,8 +278,10 @@ class Subject {
   // Which tokens rules drop or recode is theirs; that they leave the buffer, the protected and all
   // values alone, and count what they do, is checked here.
   void adopt_rules() {
+    const std::vector<LaneModel> before = lanes_;
     for (uint32_t i = 0; i < lanes_.size(); ++i) {
       const LaneModel actual = testing::read_lane(*sequence_, i);
+      std::set<uint32_t> in_blocks;  // written now
       for (auto it = lanes_[i].begin(); it != lanes_[i].end();) {
         const auto found = actual.find(it->first);
         if (found == actual.end()) {
@@ -309,7 +290,10 @@ class Subject {
           it = lanes_[i].erase(it);
           continue;
         }
-        if (found->second.format != it->second.format) {
+        if (is_block(found->second.format) && found->second != it->second) {
+          ASSERT_FALSE(it->second.buffered);
+          in_blocks.insert(it->first);
+        } else if (found->second.format != it->second.format) {
           ASSERT_FALSE(it->second.buffered);
           ASSERT_EQ(found->second.format, policy_.rules[0].recode_format);
           it->second =
@@ -319,8 +303,55 @@ class Subject {
         ++it;
       }
       ASSERT_EQ(actual.size(), lanes_[i].size()) << "a token came back";
+      adopt_blocks(i, before, in_blocks);
     }
     recoded_ = sequence_->stats().recoded_slots;
+  }
+
+  // Every block with one of these tokens is what the oracle makes of its tokens as they were.
+  void adopt_blocks(uint32_t index, const std::vector<LaneModel>& before,
+                    const std::set<uint32_t>& fresh) {
+    if (fresh.empty()) return;
+    size_t found = 0;
+    const Lane lane = sequence_->state()->lane(index);
+    lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
+      const auto view = static_cast<Format>(page.format);
+      if (!is_block(view)) return;
+      std::vector<uint32_t> positions;
+      bool written = false;  // a dead slot may still name a token that has moved
+      for (uint32_t s = 0; s < lane.layout(page).slots; ++s) {
+        positions.push_back(lane.position(page, s));
+        written = written || (((page.live >> s) & 1u) != 0 && fresh.count(positions.back()) != 0);
+      }
+      if (!written) return;
+      ASSERT_TRUE(std::is_sorted(positions.begin(), positions.end()));
+      const LaneModel coded = through_block(view, index, before, positions, page);
+      for (const auto& [position, token] : coded) {
+        if (fresh.count(position) == 0) continue;
+        lanes_[index][position] = token;
+        ++found;
+      }
+      ++blocks_;
+    });
+    EXPECT_EQ(found, fresh.size());
+  }
+
+  // The tokens at these positions of a lane as a block of that view holds them.
+  LaneModel through_block(Format view, uint32_t index, const std::vector<LaneModel>& before,
+                          const std::vector<uint32_t>& positions, const PageDescriptor& page) {
+    const uint32_t dim = geometry_.head_dim;
+    const uint32_t first = is_second(view) ? index - geometry_.kv_heads : index;
+    testing::BlockModel block{.view = view, .head_dim = dim, .positions = positions};
+    for (const uint32_t p : positions) {
+      block.add(before[first].at(p), 0);
+      if (is_pair(view) || is_second(view)) block.add(before[first + geometry_.kv_heads].at(p), 1);
+    }
+    const uint32_t bits = format_info(view).k.bits;
+    block.eta = bits <= 2 ? policy_.block_eta[bits - 1] : 0.0f;
+    // Which channels stay is the policy's.
+    const std::byte* bytes = sequence_->state()->pages.address(page.page);
+    std::memcpy(&block.channels, bytes + block_layout(view, dim).channel_offset, 8);
+    return block.coded();
   }
   bool protected_by_all(uint32_t position) const {
     bool all = true;
@@ -413,6 +444,7 @@ class Subject {
   uint32_t segment_start_ = 0;
   uint64_t recoded_ = 0;
   uint64_t refusals_ = 0;
+  uint64_t blocks_ = 0;  // written, seen by the model
   bool closed_ = false;
 };
 
@@ -433,7 +465,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
   std::mt19937_64 random(seed);
   VectorPool pool({.head_dim = 64, .capacity = 260, .shuffle_seed = random() | 1});
   std::vector<std::unique_ptr<Subject>> subjects(kSequences);
-  uint64_t refusals = 0, reopened = 0;
+  uint64_t refusals = 0, reopened = 0, blocks = 0;
   for (uint32_t i = 0; i < kOperations && !::testing::Test::HasFailure(); ++i) {
     SCOPED_TRACE("operation " + std::to_string(i) + " of seed " + std::to_string(seed));
     std::unique_ptr<Subject>& subject = subjects[random() % kSequences];
@@ -448,6 +480,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
     if (!subject->closed() && (close || random() % 4 == 0)) subject->verify();
     if (close) {
       refusals += subject->refusals();
+      blocks += subject->blocks();
       subject.reset();
     }
     if (i % 64 == 0) check_pool(pool, subjects);
@@ -460,6 +493,7 @@ TEST(SequenceProperty, AgreesWithADictionary) {
   EXPECT_EQ(pool.free_pages(), 260u);
   EXPECT_GT(refusals, 100u) << "the pool was never full: the test tests too little";
   EXPECT_GT(reopened, 100u);
+  EXPECT_GT(blocks, 100u) << "hardly a block was written: the test tests too little";
   std::printf("%u operations, %llu refusals for want of pages, %llu openings\n", kOperations,
               static_cast<unsigned long long>(refusals), static_cast<unsigned long long>(reopened));
 }

@@ -53,8 +53,27 @@ inline RankRule draw_rule(RuleDice dice) {
   return r;
 }
 
+// Any rule's format of blocks; of them the last rule writes alone, so that none is written twice.
+inline void draw_blocks(PolicyParams& p, RuleDice dice) {
+  constexpr Format kFormats[] = {Format::kKivi4, Format::kKivi2, Format::kKivi1,
+                                 Format::kPair2, Format::kPair1, Format::kThink};
+  for (uint32_t i = 0; i < p.rule_count; ++i) p.rules[i].action = RankAction::kEvict;
+  RankRule& last = p.rules[p.rule_count - 1];
+  last.action = RankAction::kRecode;
+  last.recode_format = kFormats[dice.below(6)];
+  for (float& eta : p.block_eta) eta = static_cast<float>(dice.below(40)) / 100.0f;
+  if (!is_pair(last.recode_format)) return;
+  p.rules[0] = last;
+  p.rule_count = 1;
+  p.rules[0].attention = p.rules[0].similarity = p.rules[0].random = 0.0f;
+  p.rules[0].pool = Pool::kNone;
+  p.rules[0].pool_width = 1;
+  p.rules[0].value_norm = 0;
+  p.rules[0].position = 1.0f;
+}
+
 // Draws until the rules go together. All recode to one format, so that no token is recoded twice.
-inline void draw_rules(PolicyParams& p, std::mt19937_64& random) {
+inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = false) {
   RuleDice dice(random);
   p.evict = EvictRule::kRank;
   p.segment_tokens = 16 * (1 + dice.below(3));
@@ -70,6 +89,7 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random) {
       p.rules[i] = draw_rule(dice);
       p.rules[i].recode_format = recode;
     }
+    if (blocks) draw_blocks(p, dice);
   } while (!policy_params_valid(p));
 }
 

@@ -31,7 +31,8 @@ inline PolicyParams shipped_policy(const std::string& name, uint32_t budget = 0)
 inline const std::vector<std::string>& rank_policies() {
   static const std::vector<std::string> names = {
       "streaming-llm", "h2o",     "snapkv", "pyramidkv", "r-kv",    "random",
-      "dbudgetkv",     "kvcrush", "uncomp", "diffkv",    "fastgen", "quantized-pruning"};
+      "dbudgetkv",     "kvcrush", "uncomp", "diffkv",    "fastgen", "quantized-pruning",
+      "kivi",          "xquant",  "think"};
   return names;
 }
 

@@ -144,6 +144,19 @@ inline uint64_t buffer_pages(const kernels::LaneHeader& lane) {
   return pages;
 }
 
+// The next layer's lane of the same head has the page of a pair too, with the same tokens live.
+inline bool holds_second_view(const kernels::SequenceState& state, uint32_t lane_index,
+                              const kernels::PageDescriptor& first) {
+  bool found = false;
+  const kernels::Lane partner = state.lane(lane_index + state.geometry.kv_heads);
+  partner.pages().for_each([&](uint32_t, const kernels::PageDescriptor& page) {
+    found =
+        found || (page.page == first.page && page.live == first.live &&
+                  static_cast<Format>(page.format) == second_of(static_cast<Format>(first.format)));
+  });
+  return found;
+}
+
 // What must hold between any two calls. `owned` collects page ids over sequences of one pool.
 inline void check_invariants(const kernels::Sequence& sequence, std::set<uint32_t>& owned) {
   const kernels::SequenceState& state = *sequence.state();
@@ -153,14 +166,22 @@ inline void check_invariants(const kernels::Sequence& sequence, std::set<uint32_
     const kernels::LaneHeader& header = lane.header();
     uint32_t free_slots[kFormatCount] = {};
     uint32_t live = header.buffer_count;
+    uint32_t of_partner = 0;
     lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& page) {
       const uint32_t slots = lane.layout(page).slots;
       const auto in_page = static_cast<uint32_t>(std::popcount(page.live));
-      EXPECT_TRUE(owned.insert(page.page).second) << "a page with two owners";
+      if (is_pair(static_cast<Format>(page.format))) {
+        EXPECT_TRUE(holds_second_view(state, i, page));
+        ++of_partner;
+      } else {
+        EXPECT_TRUE(owned.insert(page.page).second) << "a page with two owners";
+      }
       EXPECT_GT(in_page, 0u) << "an empty page was kept";
       EXPECT_LE(page.filled, slots);
       EXPECT_EQ(page.live & ~kernels::low_slots(page.filled), 0u);
-      free_slots[page.format] += slots - in_page;
+      if (!is_block(static_cast<Format>(page.format))) {
+        free_slots[page.format] += slots - in_page;
+      }
       live += in_page;
     });
     uint64_t stream_pages = 0;
@@ -181,7 +202,7 @@ inline void check_invariants(const kernels::Sequence& sequence, std::set<uint32_
     for (const uint32_t page : header.buffer_page) {
       EXPECT_TRUE(page == PageId::kNoneRaw || owned.insert(page).second);
     }
-    data_pages += lane.pages().size() + buffer_pages(header) + stream_pages;
+    data_pages += lane.pages().size() - of_partner + buffer_pages(header) + stream_pages;
   }
   EXPECT_EQ(state.header->data_pages, data_pages);
 }

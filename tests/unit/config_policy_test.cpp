@@ -159,8 +159,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadPolicy{"name: q\n" + kGood.substr(8), "p.yaml:1: name: must be the file's name, \"p\""},
         BadPolicy{kGood + "budget: 5\n",
                   "p.yaml:6: budget: unknown key; allowed here: name, description, formats, "
-                  "rotation, sinks, segment, labels, evict, scores, rules, kmeans_iterations, "
-                  "entropy, tier"},
+                  "rotation, sinks, segment, labels, evict, scores, rules, blocks, "
+                  "kmeans_iterations, entropy, tier"},
         BadPolicy{kGood + "rotation: none\n", "p.yaml:6: rotation: given twice, first in line 5"},
         BadPolicy{kGood.substr(0, kGood.size() - 9) + "yes\n",
                   "p.yaml:5: rotation: \"yes\" is not known; allowed: hadamard, none"},

@@ -140,17 +140,19 @@ std::string source_text(const std::string& name) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-TEST(PoliciesReadme, ItsExampleIsAPolicy) {
+TEST(PoliciesReadme, ItsExamplesArePolicies) {
   const std::string text = source_text("config/policies/README.md");
-  const size_t begin = text.find("```yaml\n");
-  ASSERT_NE(begin, std::string::npos);
-  const size_t end = text.find("```", begin + 8);
-  Diagnostics diagnostics("README.md");
-  const auto policy =
-      parse_policy(text.substr(begin + 8, end - begin - 8), "/x/r-kv-4bit.yaml", &diagnostics);
-  ASSERT_TRUE(policy) << diagnostics.text();
-  EXPECT_EQ(policy->params.rule_count, 2);
-  EXPECT_EQ(policy->params.rules[1].action, RankAction::kRecode);
+  size_t end = 0;
+  for (const char* file : {"/x/r-kv-4bit.yaml", "/x/r-kv-kivi.yaml"}) {
+    const size_t begin = text.find("```yaml\n", end);
+    ASSERT_NE(begin, std::string::npos);
+    end = text.find("```", begin + 8) + 3;
+    Diagnostics diagnostics("README.md");
+    const auto policy = parse_policy(text.substr(begin + 8, end - begin - 11), file, &diagnostics);
+    ASSERT_TRUE(policy) << diagnostics.text();
+    EXPECT_EQ(policy->params.rule_count, 2);
+    EXPECT_EQ(policy->params.rules[1].action, RankAction::kRecode);
+  }
 }
 
 TEST(PoliciesReadme, HasARowForEveryPolicyOfTheFolder) {
@@ -194,7 +196,8 @@ INSTANTIATE_TEST_SUITE_P(
                 ":7: rules: a list of 1 to 4 rules is expected"},
         BadRule{rule("{triggers: {every: 1}}"),
                 ":8: rules[].trigger: must be given\n"
-                "p.yaml:8: rules[].triggers: unknown key; allowed here: trigger, signal, budget, "
+                "p.yaml:8: rules[].triggers: unknown key; allowed here: trigger, layers, signal, "
+                "budget, "
                 "select, protect, action, format"},
         BadRule{rule("{trigger: {every: 1}, signal: {position: 1}, action: drop}"),
                 ":8: rules[].action: \"drop\" is not known; allowed: evict, recode"},
@@ -271,6 +274,74 @@ INSTANTIATE_TEST_SUITE_P(
                            "{prompt_end: true}, signal: {attention: 1}, budget: {rule: groups, "
                            "shares: [2, 1]}}]\n",
                 ":7: rules[].budget.rule: works head by head: evict.grain must be kv_head"}));
+
+const std::string kUnrotated =
+    "name: p\nformats: {prompt: f16, thoughts: {reasoning: f16, execution: f16, transition: f16}}\n"
+    "rotation: none\nevict: {rule: rank, budget: 64}\n";
+std::string blocks(const std::string& rules) {
+  return kUnrotated + "rules:\n" + rules;
+}
+const std::string kRecodes = "  - {trigger: {every: 32}, signal: {position: 1}, action: recode, ";
+
+INSTANTIATE_TEST_SUITE_P(
+    Blocks, RulesBad,
+    testing::Values(
+        BadRule{blocks(kRecodes + "format: kivi3}\n"),
+                ":6: rules[].format: \"kivi3\" is not known; allowed: f16, k8v8, k8v4, k4v4, k4v2, "
+                "k2v2, nvfp4, ternary, kivi4, kivi2, kivi1, pair2, pair1, think"},
+        BadRule{
+            blocks(kRecodes + "format: pair2-second}\n"),
+            ":6: rules[].format: \"pair2-second\" is not known; allowed: f16, k8v8, k8v4, k4v4, "
+            "k4v2, k2v2, nvfp4, ternary, kivi4, kivi2, kivi1, pair2, pair1, think"},
+        BadRule{
+            blocks(kRecodes + "layers: [4, 4], format: kivi2}\n"),
+            ":6: rules[].layers: the first layer and the one after the last are expected, as in "
+            "[0, 8]"},
+        BadRule{blocks(kRecodes + "layers: [3, 8], format: pair2}\n"),
+                ":6: rules[].layers: must begin and end with an even number: a layer and the next "
+                "are a pair"},
+        BadRule{blocks("  - {trigger: {every: 32}, signal: {random: 1}, action: recode, format: "
+                       "pair2}\n"),
+                ":6: rules[].signal: must be position alone: both layers of a pair choose the same "
+                "tokens"},
+        BadRule{blocks(kRecodes + "layers: [0, 4], format: pair2}\n" + kRecodes +
+                       "layers: [2, 8], format: kivi2}\n"),
+                ":6: rules[].layers: another rule has some of them: nothing of a layer pair is "
+                "evicted or recoded alone"},
+        BadRule{blocks(kRecodes + "format: kivi2}\n"
+                                  "  - {trigger: {every: 1}, signal: {position: 1}, select: {rule: "
+                                  "argmin1}}\n"),
+                ":7: rules[].select.rule: takes single tokens, whose slots a block cannot reuse: "
+                "topk, prefix, strata or medoids go with a format of blocks"},
+        BadRule{blocks(kRecodes + "format: kivi2}\n"
+                                  "  - {trigger: {every: 8}, signal: {position: 1}}\n"),
+                ":7: rules[].trigger.every: must be at least 16 where a rule recodes to blocks: "
+                "slots of a block are not reused alone, it goes when all of it is dead"},
+        BadRule{
+            rule("{trigger: {every: 32}, signal: {position: 1}, action: recode, format: think}"),
+            ":8: rules[].format: think leaves out channels of the model's own keys: rotation "
+            "must be none"},
+        BadRule{kUnrotated + "blocks: {eta_1bit: 0.3}\nrules:\n" + kRecodes + "format: kivi2}\n",
+                ":5: blocks.eta_1bit: has no effect without a rule that recodes to kivi1 or pair1"},
+        BadRule{kUnrotated + "blocks: {eta_2bit: 0.5}\nrules:\n" + kRecodes + "format: kivi2}\n",
+                ":5: blocks.eta_2bit: \"0.5\" is out of range; allowed: above -0.000000, at most "
+                "0.499900"}));
+
+TEST(RulesGood, BlocksAndLayers) {
+  Diagnostics diagnostics("p.yaml");
+  const auto policy = parse_policy(kUnrotated + "blocks: {eta_2bit: 0.09}\nrules:\n" + kRecodes +
+                                       "layers: [0, 4], format: kivi2}\n" + kRecodes +
+                                       "layers: [4, 256], format: pair2}\n",
+                                   "/x/p.yaml", &diagnostics);
+  ASSERT_TRUE(policy) << diagnostics.text();
+  EXPECT_FLOAT_EQ(policy->params.block_eta[1], 0.09f);
+  const RankRule* rules = policy->params.rules;
+  EXPECT_TRUE(covers_layer(rules[0], 0) && covers_layer(rules[0], 3) && !covers_layer(rules[0], 4));
+  EXPECT_TRUE(!covers_layer(rules[1], 3) && covers_layer(rules[1], 4) &&
+              covers_layer(rules[1], 255));
+  EXPECT_FALSE(share_layers(rules[0], rules[1]));
+  EXPECT_EQ(rules[1].recode_format, Format::kPair2);
+}
 
 }  // namespace
 }  // namespace thinkv::ops

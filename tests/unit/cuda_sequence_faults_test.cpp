@@ -120,6 +120,25 @@ TEST(CudaLease, KeepsWhatFitsAndSaysWhatDoesNot) {
 
 // ---- sizes ----
 
+TEST(CudaSequenceSizes, FormatsOfBlocksAreRefusedByName) {
+  PolicyParams p = plain_policy(Format::kF16);
+  p.evict = EvictRule::kRank;
+  p.rotate = 0;
+  p.budget_tokens = 64;
+  p.rule_count = 1;
+  p.rules[0].every = 32;
+  p.rules[0].position = 1.0f;
+  p.rules[0].action = RankAction::kRecode;
+  for (const Format format : {Format::kKivi4, Format::kKivi2, Format::kKivi1, Format::kPair2,
+                              Format::kPair1, Format::kThink}) {
+    p.rules[0].recode_format = format;
+    const Status refused = supported(geometry_of(32, 8, 128), p);
+    ASSERT_FALSE(refused.has_value());
+    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+    EXPECT_NE(std::string(refused.error().what).find(format_info(format).name), std::string::npos);
+  }
+}
+
 TEST(CudaSequenceSizes, AStepThatFlushesNothingTakesNothing) {
   const ModelGeometry g = geometry_of(4, 2, 128);
   PolicyParams p = plain_policy(Format::kK4V4);

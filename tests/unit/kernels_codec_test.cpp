@@ -169,54 +169,6 @@ TEST(Codec, ZerosStaySmallAndPositionsAreWritten) {
   }
 }
 
-// Rows that are hard for the codes: every one must give the same bytes in all sets.
-std::vector<float> hard_row(Rng& rng, uint32_t d, uint32_t kind) {
-  std::vector<float> x = gaussian(rng, d, std::ldexp(1.0f, static_cast<int>(below(rng, 40)) - 24));
-  switch (kind) {
-    case 0:
-      break;
-    case 1:
-      x[below(rng, d)] *= 100.0f;
-      break;
-    case 2:
-      std::fill(x.begin(), x.end(), 0.0f);
-      break;
-    case 3:
-      for (float& e : x) e = std::round(e);
-      break;  // ties
-    case 4:
-      for (float& e : x) e *= 1e-30f;
-      break;  // scales underflow
-    case 5:
-      for (float& e : x) e *= 1e30f;
-      break;  // scales saturate
-    case 6:
-      x[below(rng, d)] = std::nanf("1");
-      break;
-    case 7:
-      x[below(rng, d)] = rng() % 2 ? kInfinity : -kInfinity;
-      break;
-    case 8:
-      std::fill(x.begin(), x.end(), std::nanf(""));
-      break;
-    case 9:
-      std::fill(x.begin(), x.end(), x[0]);
-      break;  // equal magnitudes
-  }
-  return x;
-}
-
-// Bit for bit; NaN by kind, because its payload is the machine's.
-bool agree(const std::vector<float>& a, const std::vector<float>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
-    if (std::isnan(x)) return std::isnan(y);
-    return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y);
-  });
-}
-bool all_finite(const std::vector<float>& x) {
-  return std::all_of(x.begin(), x.end(), [](float value) { return std::isfinite(value); });
-}
-
 class FastSet : public testing::TestWithParam<const KernelSet*> {};
 
 TEST_P(FastSet, CodecsMatchTheReferenceBitForBit) {

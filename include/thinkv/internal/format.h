@@ -20,11 +20,23 @@ enum class Format : uint8_t {
   kK2V2 = 7,
   kNvfp4 = 8,    // e2m1 codes, one e4m3 scale per 16 values of the vector
   kTernary = 9,  // {-1, 0, 1} in 2 bits, one e4m3 scale per 16 values of the vector
+  // Block formats (block_format.h): a page is one block of tokens that are written together.
+  kKivi4 = 10,
+  kKivi2 = 11,
+  kKivi1 = 12,
+  kPair2 = 13,  // two layers on one page of codes: as the first of them sees it
+  kPair2Second = 14,
+  kPair1 = 15,
+  kPair1Second = 16,
+  kThink = 17,  // IEEE half, keys with 5/8 of their channels
+  kThinkBf16 = 18,
 };
-inline constexpr uint32_t kFormatCount = 10;
-inline constexpr uint32_t kScaleGroup = 16;  // values under one e4m3 scale
+inline constexpr uint32_t kFormatCount = 10;     // those whose slots stand alone, and kNone
+inline constexpr uint32_t kAllFormatCount = 19;  // block formats too
+inline constexpr uint32_t kScaleGroup = 16;      // values under one e4m3 scale
 
-enum class Coding : uint8_t { kHalf, kBfloat, kUniform, kE2m1, kTernary };
+// kAffine: zero point + code * scale, both shared by a group of values of a block.
+enum class Coding : uint8_t { kHalf, kBfloat, kUniform, kE2m1, kTernary, kAffine };
 
 // How one vector (a token's K or V of one kv head) is coded.
 struct VectorCoding {
@@ -46,7 +58,7 @@ struct FormatInfo {
   VectorCoding v;
 };
 
-inline constexpr std::array<FormatInfo, kFormatCount> kFormats = {{
+inline constexpr std::array<FormatInfo, kAllFormatCount> kFormats = {{
     {Format::kNone, "none", {Coding::kHalf, 16}, {Coding::kHalf, 16}},
     {Format::kF16, "f16", {Coding::kHalf, 16}, {Coding::kHalf, 16}},
     {Format::kBf16, "bf16", {Coding::kBfloat, 16}, {Coding::kBfloat, 16}},
@@ -57,10 +69,51 @@ inline constexpr std::array<FormatInfo, kFormatCount> kFormats = {{
     {Format::kK2V2, "k2v2", {Coding::kUniform, 2}, {Coding::kUniform, 2}},
     {Format::kNvfp4, "nvfp4", {Coding::kE2m1, 4}, {Coding::kE2m1, 4}},
     {Format::kTernary, "ternary", {Coding::kTernary, 2}, {Coding::kTernary, 2}},
+    {Format::kKivi4, "kivi4", {Coding::kAffine, 4}, {Coding::kAffine, 4}},
+    {Format::kKivi2, "kivi2", {Coding::kAffine, 2}, {Coding::kAffine, 2}},
+    {Format::kKivi1, "kivi1", {Coding::kAffine, 1}, {Coding::kAffine, 1}},
+    {Format::kPair2, "pair2", {Coding::kAffine, 2}, {Coding::kAffine, 2}},
+    {Format::kPair2Second, "pair2-second", {Coding::kAffine, 2}, {Coding::kAffine, 2}},
+    {Format::kPair1, "pair1", {Coding::kAffine, 1}, {Coding::kAffine, 1}},
+    {Format::kPair1Second, "pair1-second", {Coding::kAffine, 1}, {Coding::kAffine, 1}},
+    {Format::kThink, "think", {Coding::kHalf, 16}, {Coding::kHalf, 16}},
+    {Format::kThinkBf16, "think-bf16", {Coding::kBfloat, 16}, {Coding::kBfloat, 16}},
 }};
 
+// A format whose slots stand alone.
 [[nodiscard]] constexpr bool format_valid(uint8_t raw) {
   return raw > 0 && raw < kFormatCount;
+}
+[[nodiscard]] constexpr bool is_block(Format format) {
+  return static_cast<uint8_t>(format) >= kFormatCount &&
+         static_cast<uint8_t>(format) < kAllFormatCount;
+}
+[[nodiscard]] constexpr bool is_think(Format format) {
+  return format == Format::kThink || format == Format::kThinkBf16;
+}
+// The first layer's view of a page that two layers share. The second layer's lane owns the page.
+[[nodiscard]] constexpr bool is_pair(Format format) {
+  return format == Format::kPair2 || format == Format::kPair1;
+}
+[[nodiscard]] constexpr bool is_second(Format format) {
+  return format == Format::kPair2Second || format == Format::kPair1Second;
+}
+[[nodiscard]] constexpr Format second_of(Format pair) {
+  return static_cast<Format>(static_cast<uint8_t>(pair) + 1);
+}
+[[nodiscard]] constexpr Format first_of(Format second) {
+  return static_cast<Format>(static_cast<uint8_t>(second) - 1);
+}
+// What a layer without a partner takes instead of a pair's format.
+[[nodiscard]] constexpr Format single_of(Format format) {
+  if (format == Format::kPair2) return Format::kKivi2;
+  return format == Format::kPair1 ? Format::kKivi1 : format;
+}
+// What a rule can recode to; the others follow from these.
+[[nodiscard]] constexpr bool recode_format_valid(uint8_t raw) {
+  const auto format = static_cast<Format>(raw);
+  return format_valid(raw) || (format >= Format::kKivi4 && format <= Format::kPair2) ||
+         format == Format::kPair1 || format == Format::kThink;
 }
 [[nodiscard]] constexpr const FormatInfo& format_info(Format format) {
   return kFormats[static_cast<size_t>(format)];
@@ -76,7 +129,7 @@ inline constexpr std::array<FormatInfo, kFormatCount> kFormats = {{
 }
 
 consteval bool formats_indexed_by_value() {
-  for (uint32_t i = 0; i < kFormatCount; ++i) {
+  for (uint32_t i = 0; i < kAllFormatCount; ++i) {
     if (kFormats[i].format != static_cast<Format>(i)) return false;
   }
   return true;

@@ -2,7 +2,8 @@
 //
 // A page is 36 x head_dim bytes and holds K and V of ONE kv head of ONE layer for `slots` tokens,
 // all in one format. A slot is one token: its codes, its scales, its position; nothing in it is
-// shared with another slot, so an evicted slot can be overwritten alone.
+// shared with another slot, so an evicted slot can be overwritten alone. (Pages of a block format
+// are another matter, and all but this comment's end: block_format.h.)
 //
 //   [ K codes | V codes | K scales | V scales | positions u32[slots] | spare ]
 //
@@ -32,6 +33,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "thinkv/internal/block_format.h"
 #include "thinkv/internal/format.h"
 
 namespace thinkv {
@@ -125,7 +127,7 @@ struct PageLayout {
   Format format;
   uint32_t head_dim;
   uint32_t slots;
-  CodeSection k;
+  CodeSection k;  // of block formats, only what walks the slots in tiles
   CodeSection v;
   uint32_t k_scale_offset;  // [slots] fp16, or [slots][head_dim / 16] e4m3, or absent
   uint32_t v_scale_offset;
@@ -135,8 +137,9 @@ struct PageLayout {
   [[nodiscard]] constexpr uint64_t full_mask() const {
     return slots == 64 ? ~uint64_t{0} : (uint64_t{1} << slots) - 1;
   }
-  // Codes and scales of one slot; what "useful bytes" counts.
+  // Codes and scales of one slot (of a block, its share); what "useful bytes" counts.
   [[nodiscard]] constexpr uint32_t slot_payload_bytes() const {
+    if (is_block(format)) return position_offset / slots;
     return head_dim * (k.bits + v.bits) / 8 + format_info(format).k.scale_bytes(head_dim) +
            format_info(format).v.scale_bytes(head_dim);
   }
@@ -179,9 +182,38 @@ namespace page_format_detail {
 
 }  // namespace page_format_detail
 
+namespace page_format_detail {
+
+[[nodiscard]] constexpr PageLayout layout_of_block(const BlockLayout& block) {
+  const CodeSection rows{.bits = block.bits,
+                         .offset = block.k_offset,
+                         .slots = block.slots,
+                         .head_dim = block.head_dim,
+                         .tile_slots = 16,
+                         .word_slots = 1,
+                         .word_bytes = 1,
+                         .block_dims = block.head_dim,
+                         .is_k = true};
+  PageLayout layout{};
+  layout.format = block.format;
+  layout.head_dim = block.head_dim;
+  layout.slots = block.slots;
+  layout.k = layout.v = rows;
+  layout.v.offset = block.v_offset;
+  layout.v.is_k = false;
+  layout.k_scale_offset = block.k_scale_offset;
+  layout.v_scale_offset = block.v_scale_offset;
+  layout.position_offset = block.position_offset;
+  layout.bytes_used = block.bytes_used;
+  return layout;
+}
+
+}  // namespace page_format_detail
+
 // The largest even number of slots that fits: pairs share K words, and 64 is the mask's width.
 // Requires: head_dim_supported(head_dim), format != kNone.
 [[nodiscard]] constexpr PageLayout make_page_layout(Format format, uint32_t head_dim) {
+  if (is_block(format)) return page_format_detail::layout_of_block(block_layout(format, head_dim));
   for (uint32_t slots = kSlotsPerPageMax; slots > 0; slots -= 2) {
     const PageLayout layout = page_format_detail::layout_with(format, head_dim, slots);
     if (layout.bytes_used <= page_bytes(head_dim)) return layout;
@@ -194,9 +226,9 @@ namespace page_format_detail {
 
 namespace page_format_detail {
 consteval auto make_all() {
-  std::array<std::array<PageLayout, kFormatCount>, kPageClassCount> all{};
+  std::array<std::array<PageLayout, kAllFormatCount>, kPageClassCount> all{};
   for (uint32_t c = 0; c < kPageClassCount; ++c) {
-    for (uint32_t f = 1; f < kFormatCount; ++f) {
+    for (uint32_t f = 1; f < kAllFormatCount; ++f) {
       all[c][f] = make_page_layout(static_cast<Format>(f), kHeadDims[c]);
     }
   }
@@ -222,5 +254,17 @@ static_assert(slots_are(Format::kK4V2, 40, 44, 44));
 static_assert(slots_are(Format::kK2V2, 56, 64, 64));
 static_assert(slots_are(Format::kNvfp4, 28, 30, 30));
 static_assert(slots_are(Format::kTernary, 52, 54, 56));
+
+// A block fits in a page of every class.
+consteval bool blocks_fit() {
+  for (const uint32_t head_dim : kHeadDims) {
+    for (uint32_t f = kFormatCount; f < kAllFormatCount; ++f) {
+      const PageLayout& layout = page_layout(static_cast<Format>(f), head_dim);
+      if (layout.bytes_used > page_bytes(head_dim) || layout.position_offset % 4 != 0) return false;
+    }
+  }
+  return true;
+}
+static_assert(blocks_fit());
 
 }  // namespace thinkv

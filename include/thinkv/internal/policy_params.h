@@ -72,8 +72,9 @@ struct PolicyParams {
   // kRank.
   ScoreKind score_kind = ScoreKind::kDecayed;
   uint8_t rule_count = 0;
-  uint16_t score_window = 1;  // W: prompt queries that count; of kWindow, decode steps too
-  uint32_t reserved[10] = {};
+  uint16_t score_window = 1;          // W: prompt queries that count; of kWindow, decode steps too
+  float block_eta[2] = {0.0f, 0.0f};  // of affine block formats of 1 and 2 bits, below 0.5
+  uint32_t reserved[8] = {};
   RankRule rules[kRulesMax] = {};
   EntropyParams entropy;
   TierParams tier;

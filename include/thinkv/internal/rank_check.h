@@ -40,7 +40,8 @@ namespace detail {
   ok = ok && static_cast<uint8_t>(r.counts) <= 1 && static_cast<uint8_t>(r.budget) <= 8;
   ok = ok && static_cast<uint8_t>(r.select) <= 5 && static_cast<uint8_t>(r.action) <= 1;
   ok = ok && static_cast<uint8_t>(r.pool) <= 2 && static_cast<uint8_t>(r.anchor) <= 4;
-  ok = ok && format_valid(static_cast<uint8_t>(r.recode_format));
+  ok = ok && recode_format_valid(static_cast<uint8_t>(r.recode_format)) && r.reserved == 0;
+  ok = ok && (r.layer_end == 0 || r.layer_first < r.layer_end);
   ok = ok && r.budget_percent >= 1 && r.budget_percent <= 100 && r.recent_percent <= 100;
   ok = ok && r.representative_percent <= 100 && r.frequent_percent <= 100;
   ok = ok && r.local_percent <= 100 && r.group_count <= kRankGroupsMax;
@@ -196,14 +197,59 @@ namespace detail {
   return {};
 }
 
+// A block is written as a whole, and no slot of it is written again.
+[[nodiscard]] constexpr RankProblem block_problem(const PolicyParams& p, const RankRule& r) {
+  const bool singly = r.select == RankSelect::kArgMin1 || r.select == RankSelect::kThreshold;
+  for (uint32_t i = 0; i < p.rule_count && i < kRulesMax; ++i) {
+    const RankRule& other = p.rules[i];
+    if (!writes_blocks(other) || !share_layers(r, other)) continue;
+    if (singly) {
+      return {"select.rule",
+              "takes single tokens, whose slots a block cannot reuse: topk, prefix, strata or "
+              "medoids go with a format of blocks"};
+    }
+    if (r.action == RankAction::kEvict && r.every != 0 && r.every < 16) {
+      return {"trigger.every",
+              "must be at least 16 where a rule recodes to blocks: slots of a block are not "
+              "reused alone, it goes when all of it is dead"};
+    }
+  }
+  if (writes_blocks(r) && is_think(r.recode_format) && p.rotate != 0) {
+    return {"format", "think leaves out channels of the model's own keys: rotation must be none"};
+  }
+  return {};
+}
+
+// Two layers on one page: everything that happens to it must happen to both lanes alike.
+[[nodiscard]] constexpr RankProblem layer_pair_problem(const PolicyParams& p, uint32_t index) {
+  const RankRule& r = p.rules[index];
+  if (!writes_blocks(r) || !is_pair(r.recode_format)) return {};
+  if (r.layer_first % 2 != 0 || r.layer_end % 2 != 0) {
+    return {"layers", "must begin and end with an even number: a layer and the next are a pair"};
+  }
+  if (r.attention != 0.0f || r.similarity != 0.0f || r.random != 0.0f) {
+    return {"signal", "must be position alone: both layers of a pair choose the same tokens"};
+  }
+  if (r.budget != BudgetRule::kFixed || r.select == RankSelect::kMedoids) {
+    return {"budget.rule", "must be fixed, with topk or prefix: the layers of a pair are alike"};
+  }
+  for (uint32_t i = 0; i < p.rule_count && i < kRulesMax; ++i) {
+    if (i == index || !share_layers(r, p.rules[i])) continue;
+    return {"layers",
+            "another rule has some of them: nothing of a layer pair is evicted or recoded alone"};
+  }
+  return {};
+}
+
 }  // namespace detail
 
 // What is wrong with rule `i`. Requires: i < kRulesMax.
 [[nodiscard]] constexpr RankProblem rank_problem(const PolicyParams& p, uint32_t i) {
   const RankRule& r = p.rules[i];
   if (!detail::rank_fields_valid(r)) return {"", "holds a value that is out of range"};
-  for (const RankProblem problem : {detail::trigger_problem(p, r), detail::budget_problem(p, r),
-                                    detail::pair_problem(r), detail::signal_problem(r)}) {
+  for (const RankProblem problem :
+       {detail::trigger_problem(p, r), detail::budget_problem(p, r), detail::pair_problem(r),
+        detail::signal_problem(r), detail::block_problem(p, r), detail::layer_pair_problem(p, i)}) {
     if (problem.any()) return problem;
   }
   if (r.budget == BudgetRule::kFirstFit && r.at_prompt_end == 0) {

@@ -7,6 +7,7 @@
 //   budget    how many tokens of the lane stay
 //   select    which: what is protected always, then the best of the rest
 //   action    what happens to the others
+//   layers    where it holds
 // What attention means is one setting of the policy (ScoreKind), because a slot keeps one number.
 // Plain data, the same bytes in every process of one protocol. Which fields go together is said in
 // rank_check.h; where the methods come from, in config/policies/README.md.
@@ -55,6 +56,7 @@ enum class RankSelect : uint8_t {
   kMedoids = 5,    // k-means on the keys, the nearest real tokens
 };
 
+// To a block format, the oldest of the chosen tokens are recoded, as many as fill whole blocks.
 enum class RankAction : uint8_t { kEvict = 0, kRecode = 1 };
 enum class BudgetCount : uint8_t { kAll = 0, kGenerated = 1 };
 enum class Pool : uint8_t { kNone = 0, kAverage = 1, kMaximum = 2 };
@@ -98,8 +100,22 @@ struct RankRule {
   uint8_t local_percent = 0;     // of the prompt
   uint8_t special_classes = 0;   // class bits
   uint8_t punctuation_classes = 0;
-  uint8_t reserved[3] = {};
+  // Layers: layer_first <= layer < layer_end; 0 is no end.
+  uint8_t layer_first = 0;
+  uint8_t layer_end = 0;
+  uint8_t reserved = 0;
 };
 static_assert(std::is_trivially_copyable_v<RankRule> && sizeof(RankRule) == 64);
+
+[[nodiscard]] constexpr bool covers_layer(const RankRule& rule, uint32_t layer) {
+  return layer >= rule.layer_first && (rule.layer_end == 0 || layer < rule.layer_end);
+}
+[[nodiscard]] constexpr bool share_layers(const RankRule& a, const RankRule& b) {
+  return (a.layer_end == 0 || b.layer_first < a.layer_end) &&
+         (b.layer_end == 0 || a.layer_first < b.layer_end);
+}
+[[nodiscard]] constexpr bool writes_blocks(const RankRule& rule) {
+  return rule.action == RankAction::kRecode && is_block(rule.recode_format);
+}
 
 }  // namespace thinkv
