@@ -51,12 +51,12 @@ def affine(x, axis, bits=2):
 
 
 def kivi(keys, values, tokens):
-    """The first tokens of one kv head in blocks of 32; [n, dim] each."""
+    """The first tokens of one kv head in blocks of 44; [n, dim] each."""
     keys, values = keys.copy(), values.copy()
-    for first in range(0, tokens, 32):
-        block = slice(first, first + 32)
+    for first in range(0, tokens, 44):
+        block = slice(first, first + 44)
         keys[block] = affine(keys[block], axis=0)
-        values[block] = affine(values[block].reshape(32, 2, 32), axis=2).reshape(32, DIM)
+        values[block] = affine(values[block].reshape(44, 2, 32), axis=2).reshape(44, DIM)
     return keys, values
 
 
@@ -126,7 +126,7 @@ class Rules(ThinkvdCase):
         return sequence.stats()
 
     def test_kivi_attends_to_the_codes_of_a_dense_reference(self):
-        held = self.attends_to("kivi", lambda k, v, q: kivi(k, v, (PROMPT - 32) // 32 * 32))
+        held = self.attends_to("kivi", lambda k, v, q: kivi(k, v, (PROMPT - 32) // 44 * 44))
         self.assertEqual(held["live_tokens"], PROMPT + 1)
         full = self.attends_to("full-f16", lambda k, v, q: (k, v))
         self.assertLess(held["bytes_held"], full["bytes_held"])
