@@ -296,7 +296,7 @@ class CallersErrors(ThinkvdCase):
         decode(self.model, [sequence], 40)
         with self.assertRaisesRegex(thinkv.InvalidArgumentError, "unknown format 'k3v3'"):
             sequence.quantize(0, 5, "k3v3")
-        with self.assertRaisesRegex(thinkv.UnsupportedError, "'kivi2' by a rule of the policy only"):
+        with self.assertRaisesRegex(thinkv.UnsupportedError, "'kivi2' by a rule"):
             sequence.quantize(0, 5, "kivi2")
         with self.assertRaises(ValueError):
             sequence.set_budget(-1)

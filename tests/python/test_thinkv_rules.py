@@ -42,6 +42,32 @@ def snapkv(keys, queries):
     return np.concatenate([np.sort(best), np.arange(PROMPT - WINDOW, PROMPT)])
 
 
+def affine(x, axis, bits=2):
+    """KIVI's codes of groups along an axis, decoded again."""
+    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
+    levels = 2**bits - 1
+    codes = np.minimum(np.floor((x - low) * (levels / (high - low)) + 0.5), levels)
+    return half(low) + codes * half((high - low) / levels)
+
+
+def kivi(keys, values, tokens):
+    """The first tokens of one kv head in blocks of 44; [n, dim] each."""
+    keys, values = keys.copy(), values.copy()
+    for first in range(0, tokens, 44):
+        block = slice(first, first + 44)
+        keys[block] = affine(keys[block], axis=0)
+        values[block] = affine(values[block].reshape(44, 2, 32), axis=2).reshape(44, DIM)
+    return keys, values
+
+
+def think(keys, queries, tokens):
+    """The first tokens of one kv head without the 24 channels of the least energy."""
+    energy = (keys[:PROMPT]**2).sum(axis=0) * (queries**2).sum(axis=(0, 1))
+    keys = keys.copy()
+    keys[:tokens, np.argsort(energy)[:24]] = 0.0
+    return keys
+
+
 class Rules(ThinkvdCase):
     def setUp(self):
         super().setUp()
@@ -84,6 +110,29 @@ class Rules(ThinkvdCase):
                 values = np.concatenate([half(self.values[layer][kept, head]), half(v[:, head])])
                 exact = softmax(q[0, group] @ keys.T / np.sqrt(DIM)) @ values
                 np.testing.assert_allclose(out[0, group], exact, rtol=2e-4, atol=2e-5)
+
+    def attends_to(self, policy, dense):
+        """A step after the prompt is the dense attention over what `dense` makes of the rows."""
+        sequence = self.model.sequence(policy=policy)
+        self.prompt(sequence)
+        for layer, (k, v, q, out) in enumerate(self.step(sequence, 0)):
+            for head in range(KV_HEADS):
+                group = slice(head * GROUP, (head + 1) * GROUP)
+                keys = half(np.concatenate([self.keys[layer][:, head], k[:, head]]))
+                values = half(np.concatenate([self.values[layer][:, head], v[:, head]]))
+                keys, values = dense(keys, values, self.queries[layer][:, group])
+                exact = softmax(q[0, group] @ keys.T / np.sqrt(DIM)) @ values
+                np.testing.assert_allclose(out[0, group], exact, rtol=2e-4, atol=2e-5)
+        return sequence.stats()
+
+    def test_kivi_attends_to_the_codes_of_a_dense_reference(self):
+        held = self.attends_to("kivi", lambda k, v, q: kivi(k, v, (PROMPT - 32) // 44 * 44))
+        self.assertEqual(held["live_tokens"], PROMPT + 1)
+        full = self.attends_to("full-f16", lambda k, v, q: (k, v))
+        self.assertLess(held["bytes_held"], full["bytes_held"])
+
+    def test_think_attends_without_the_channels_of_a_dense_reference(self):
+        self.attends_to("think", lambda k, v, q: (think(k, q, (PROMPT - 32) // 10 * 10), v))
 
     def test_without_queries_the_prompt_is_cut_after_the_first_steps(self):
         sequence = self.model.sequence(policy="snapkv", budget=BUDGET)

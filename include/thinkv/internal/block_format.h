@@ -13,8 +13,8 @@
 //     codes   row after row: value i of a slot at bit `bits` * i of its row, little-endian
 //     scales  fp16: K zero points [dim], K scales [dim], then V {zero point, scale} [slots][groups]
 //
-// The numbers of tokens are those of the papers (32, and 64 at 1 bit) where such a block fits in a
-// page, else as many as do: 24 at 4 bits, 10 of think.
+// A block fills its page: 24 tokens at 4 bits, 44 at 2, 64 at 1 (the mask's width), 10 of think; of
+// a pair 32 at 2 bits, 64 at 1.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,7 @@ namespace block_format_detail {
 [[nodiscard]] constexpr uint32_t tokens_of(Format format) {
   if (is_think(format)) return 10;
   if (format == Format::kKivi4) return 24;
+  if (format == Format::kKivi2) return 44;
   return format_info(format).k.bits == 1 ? 64 : 32;
 }
 
