@@ -109,9 +109,9 @@ class Control(DaemonCase):
 
     def test_wrong_protocol_version_says_which_side_to_upgrade(self):
         self.start()
-        newer = self.refused(raw.message(raw.HELLO, body=raw.hello_body(major=3)))
+        newer = self.refused(raw.message(raw.HELLO, body=raw.hello_body(major=4)))
         self.assertEqual(newer.code, raw.VERSION_MISMATCH)
-        self.assertIn("libthinkv speaks protocol 3", newer.text)
+        self.assertIn("libthinkv speaks protocol 4", newer.text)
         self.assertIn("upgrade the daemon", newer.text)
         # A Hello of another version may have another size.
         older = self.refused(raw.message(raw.HELLO, body=b"\0" * 20))

@@ -32,7 +32,7 @@ def message(kind, request_id=1, body=b"", fds=0, magic=MAGIC, size=None):
     return HEADER.pack(magic, kind, fds, total, request_id) + body
 
 
-def hello_body(name=b"raw", role=ENGINE, major=2, minor=0, reserved=b"", pool=b""):
+def hello_body(name=b"raw", role=ENGINE, major=3, minor=0, reserved=b"", pool=b""):
     return struct.pack("<HHI64s16s64s40s", major, minor, role, name, b"0.1.0", pool, reserved)
 
 

@@ -19,7 +19,7 @@ using testing::StoredToken;
 using testing::VectorPageSource;
 using testing::VectorPool;
 
-constexpr uint32_t kOperations = 2500;
+constexpr uint32_t kOperations = 1500;
 constexpr uint32_t kSequences = 6;
 constexpr uint32_t kDim = 64;
 
@@ -278,7 +278,7 @@ class Subject {
 
 TEST(StreamProperty, AgreesWithAModelOfTheTokens) {
   std::mt19937_64 random(seed_from_environment(1));
-  VectorPool pool({.head_dim = kDim, .capacity = 900, .shuffle_seed = 7});
+  VectorPool pool({.head_dim = kDim, .capacity = 400, .shuffle_seed = 7});
   std::vector<std::unique_ptr<Subject>> subjects;
   uint64_t refusals = 0, evictions = 0;
   const auto retire = [&](size_t i) {
