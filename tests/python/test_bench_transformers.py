@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
 import unittest
+from functools import partial
 from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -59,6 +61,19 @@ class Processes(unittest.TestCase):
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         self.assertFalse(alive(pid))
+
+    def test_what_hangs_says_where(self) -> None:
+        with tempfile.TemporaryFile() as errors:
+            waits = "def hangs_here(): import time; time.sleep(60)"
+            script = f"{waits}\nfrom tools.bench.gpu import transformers_run as run\n" \
+                "run.tell_on_request()\nhangs_here()"
+            code = f"import os; os.dup2({errors.fileno()}, 2)\n{script}"
+            command = [sys.executable, "-c", code]
+            with mock.patch.object(bench.subprocess, "Popen", partial(
+                    subprocess.Popen, pass_fds=[errors.fileno()], cwd=ROOT)):
+                self.assertIsNone(bench.run_process(command, 3.0))
+            errors.seek(0)
+            self.assertIn("in hangs_here", errors.read().decode())
 
     def test_a_status_is_the_process_own(self) -> None:
         self.assertEqual(5, bench.run_process([sys.executable, "-c", "raise SystemExit(5)"], 30.0))
@@ -126,10 +141,16 @@ class Split(unittest.TestCase):
             self.assertEqual(kind, kernel_split.classify(name), name)
 
     def test_what_no_kernel_explains_is_idle(self) -> None:
-        split = kernel_split.sums([("a gemm", 4000.0), ("another gemm", 2000.0),
-                                   ("attend_kernel", 1000.0)], steps=2, step_ms=5.0)
+        split = kernel_split.sums({"a gemm": 4000.0, "another gemm": 2000.0,
+                                   "attend_kernel": 1000.0}, steps=2, step_ms=5.0)
         self.assertEqual({"matmul": 3.0, "attention": 0.5, "idle": 1.5}, split)
-        self.assertEqual(0.0, kernel_split.sums([("gemm", 9e3)], 1, 5.0)["idle"])
+        self.assertEqual(0.0, kernel_split.sums({"gemm": 9e3}, 1, 5.0)["idle"])
+
+    def test_kernels_that_overlap_are_not_counted_twice(self) -> None:
+        trace = [kernel_split.Ran("combine", 2.0, 11.0), kernel_split.Ran("attend", 0.0, 10.0),
+                 kernel_split.Ran("inside", 3.0, 9.0), kernel_split.Ran("attend", 20.0, 30.0)]
+        self.assertEqual({"attend": 20.0, "combine": 1.0, "inside": 0.0},
+                         kernel_split.alone(trace))
 
 
 class Table(unittest.TestCase):

@@ -8,6 +8,7 @@ fit this GPU. Ours run in one process, each of the others in one of its own, whi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from . import machine, transformers_run
 
 OURS = ("full-f16", "k4v4-only", "thinkv")
 SYSTEMS = (*OURS, *transformers_run.PEERS)
+TELL_S = 1.0  # for the process to say where it is
 STOP_S = 5.0  # between the request to end and the end
 METHOD = ("tokens/s = batch / mean of 20 steps by events, the next token chosen in the step; ours: "
           "thinkv.Step (one CUDA graph); dynamic: eager, as generate() runs it; static-compile: "
@@ -28,10 +30,10 @@ METHOD = ("tokens/s = batch / mean of 20 steps by events, the next token chosen 
           "model: dynamic, static-compile, full-f16 and k4v4-only get random keys and values of "
           "that length at once, thinkv (budget 1024) generates that many by steps without matrix "
           "products and attention, its rows joining over the first 128. split_ms: kernels by name "
-          "in 3 profiled steps; idle: the timed step less its kernels. largest batch: found by "
-          "trying (dynamic), from the bytes that a sequence holds, less 3 %, then tried (ours; "
-          "thinkv at 1408 generated tokens, sized by the most it held); ours leave 6 GiB outside "
-          "the pool to activations")
+          "in 3 profiled steps, each moment once; idle: the timed step less its kernels. largest "
+          "batch: found by trying (dynamic), from the bytes that a sequence holds, less 3 %, then "
+          "tried (ours; thinkv at 1408 generated tokens, sized by the most it held); ours leave "
+          "6 GiB outside the pool to activations")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +74,9 @@ def run_process(command: list[str], limit_s: float) -> int | None:
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TELL_S)
         return None
     finally:
         stop_session(process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -149,7 +150,7 @@ class Bench:
         tokens = row["tokens"]
         free = self.torch.cuda.mem_get_info()[0]
         if name not in PEERS:
-            free = self.client.stats()["bytes_free"]
+            free = self.room()
         guess = max(1, min(int(free / each), BATCH_MAX))
         if name in PEERS:
             batch = search(lambda b: self.attempt(name, b, tokens, 1) is not None, guess,
@@ -163,6 +164,11 @@ class Bench:
                  "largest_tokens_per_s": ms and round(batch / ms * 1e3, 1)}
         for row in rows:
             self.emit({"system": name, "tokens": row["tokens"], **found})
+
+    def room(self) -> int:
+        """Bytes that sequences can have: of the pool, and what was closed and is still leased."""
+        stats = self.client.stats()
+        return int(stats["bytes_free"] + stats["client_leased_bytes"])
 
     def largest_of_ours(self, name: str, guess: int, tokens: int) -> tuple[int, float | None]:
         for share in SHARES:
@@ -230,10 +236,14 @@ def search(fits: Callable[[int], bool], guess: int, time_left: Callable[[], bool
     return low
 
 
+def tell_on_request() -> None:
+    """SIGUSR1: who is about to be stopped says where it is."""
+    faulthandler.register(signal.SIGUSR1)
+
+
 def main(options: argparse.Namespace, command: list[str]) -> int:
     """Rows go to options.rows as they come."""
-    # Who is stopped at the limit has said by then where it was.
-    faulthandler.dump_traceback_later(max(1.0, options.limit_s - 5.0))
+    tell_on_request()
     if reason := machine.missing():
         print(f"bench: {reason}", file=sys.stderr)
         return machine.SKIPPED
