@@ -153,7 +153,7 @@ class Sequence {
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   // Recodes the live tokens first..last (inclusive) that have left the 16-bit buffer; kF16 and
   // kBf16 both mean the model's 16-bit type. Result: slots recoded. On error nothing has changed.
-  // Errors: kInvalidArgument, kUnsupported (a block format, or a policy with streams or a tier, which
+  // Errors: kInvalidArgument, kUnsupported (a block format; a policy with streams or a tier, which
   // has its formats), and those of PageSource::reserve.
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
   // Optional: class bits of the tokens from position `first` on, before or after they come, as
