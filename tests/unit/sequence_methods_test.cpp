@@ -429,5 +429,26 @@ TEST(MethodQuantizedPruning, HoldsTheTokensThatTheBytesOfTheBudgetHold) {
   EXPECT_EQ(packed.sequence.stats().over_budget_steps, 0u);
 }
 
+TEST(MethodThinkvLadder, TheBestTenthAndTheNewestHaveEightBitKeysAndTheRestFour) {
+  RankWorld world(geometry_of({.layers = 1, .kv_heads = 2, .group = 2, .head_dim = 64}),
+                  shipped_policy("thinkv-ladder", 200));
+  world.prefill_random(400, 64);
+  world.run(160);
+  for (uint32_t lane = 0; lane < 2; ++lane) {
+    const auto tokens = read_lane(world.sequence, lane);
+    EXPECT_EQ(tokens.size(), 200u);
+    uint32_t wide = 0;
+    for (const auto& [position, token] : tokens) {
+      ASSERT_TRUE(token.format == Format::kK8V4 || token.format == Format::kK4V4);
+      wide += token.format == Format::kK8V4 ? 1 : 0;
+      if (position < 4 || position >= 560 - 32) {
+        EXPECT_EQ(token.format, Format::kK8V4) << position;
+      }
+    }
+    EXPECT_EQ(wide, 36u);  // sinks and newest are more than the tenth, which is 20
+  }
+  testing::check_invariants(world.sequence);
+}
+
 }  // namespace
 }  // namespace thinkv::kernels

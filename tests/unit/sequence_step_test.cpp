@@ -421,7 +421,8 @@ TEST(SequenceRequests, BadRangesAndFormats) {
   EXPECT_EQ(code(5, 4, Format::kK4V4), ErrorCode::kInvalidArgument);
   EXPECT_EQ(code(0, 0xFFFF'FFFFu, Format::kK4V4), ErrorCode::kInvalidArgument);
   EXPECT_EQ(code(0, 5, Format::kNone), ErrorCode::kInvalidArgument);
-  EXPECT_EQ(code(0, 5, static_cast<Format>(10)), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(code(0, 5, static_cast<Format>(kAllFormatCount)), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(code(0, 5, Format::kKivi2), ErrorCode::kUnsupported);
 }
 
 }  // namespace
