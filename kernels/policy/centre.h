@@ -7,7 +7,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -31,9 +30,9 @@ inline constexpr uint32_t kCentreSums = 32;
 }
 
 // A channel of the centre as it is kept: fp16. What no fp16 can hold is no centre.
-[[nodiscard]] inline uint16_t centre_bits(float mean) {
+[[nodiscard]] constexpr uint16_t centre_bits(float mean) {
   constexpr float kMost = 65504.0f;
-  return std::fabs(mean) <= kMost ? fp16_from_float(mean) : uint16_t{0};
+  return mean >= -kMost && mean <= kMost ? fp16_from_float(mean) : uint16_t{0};
 }
 
 }  // namespace thinkv::policy
