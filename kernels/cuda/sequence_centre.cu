@@ -94,6 +94,7 @@ struct LseParams {
   const void* q;
   Element element;
   uint32_t layer;
+  float scale;
   float* lse;
 };
 
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kQueryThreads)
 #pragma unroll
   for (uint32_t h = 1; h < 8; h *= 2) sum += __shfl_xor_sync(kAllLanes, sum, h);
   if (index >= heads || page == nullptr || threadIdx.x % 8 != 0) return;
-  params.lse[head] += g.softmax_scale * sum;
+  params.lse[head] += params.scale * sum;
 }
 
 }  // namespace
@@ -154,7 +155,7 @@ cudaError_t launch_centre(const BatchView& view, uint32_t root, uint32_t layer, 
 cudaError_t launch_centred_lse(const BatchView& view, uint32_t layer, const void* q,
                                Element element, float* lse, cudaStream_t stream) {
   if (layer >= view.geometry.layers || lse == nullptr) return cudaErrorInvalidValue;
-  const LseParams params{q, element, layer, lse};
+  const LseParams params{q, element, layer, softmax_scale_of(view.geometry), lse};
   const uint32_t threads = view.capacity * view.geometry.q_heads * 8;
   const LaunchSize size{.blocks = (threads + kQueryThreads - 1) / kQueryThreads,
                         .threads = kQueryThreads,
