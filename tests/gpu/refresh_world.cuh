@@ -63,7 +63,7 @@ static __global__ void fill_kernel(const __grid_constant__ BatchView view) {
     for (uint32_t s = threadIdx.x; s < shape.slots; s += blockDim.x) {
       reinterpret_cast<uint16_t*>(page + shape.k_scale_offset)[s] = fp16_from_float(0.5f);
       reinterpret_cast<uint32_t*>(page + shape.position_offset)[s] = position_in(i, s);
-      if (lane.scored) {
+      if (lane.scored()) {
         scores_of(lane, table + i, i)[s] =
             fp16_from_float(static_cast<float>(hash(blockIdx.x + 77 * position_in(i, s)) % 999));
       }
