@@ -57,6 +57,19 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
   return budget.limit.surplus() <= free;
 }
 
+// A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In
+// decoding nothing moves: evicted slots are written again within a few flushes.
+__device__ void compact_item(const RankItem& item) {
+  for (uint32_t head = 0; head < item.heads; ++head) {
+    const LaneView lane = item.lane(head);
+    if (lane.lane == nullptr) continue;
+    const uint64_t bytes = move_to_fullest(lane, lane.score_bytes, item.shared->compact);
+    if (threadIdx.x < 32) put_pages_aside(lane);
+    if (threadIdx.x == 0 && bytes != 0) add_64(&item.sequence->gathered_bytes, bytes);
+    __syncthreads();
+  }
+}
+
 // All rules that fire, and where the prompt was cut its tokens move together.
 template <int kDim>
 __device__ void run_rules(const RankItem& item) {
@@ -70,6 +83,7 @@ __device__ void run_rules(const RankItem& item) {
     reached = run_rule<kDim>(item, rule) && reached;
     __syncthreads();
   }
+  if ((plan & kRankCompacts) != 0) compact_item(item);
   if (threadIdx.x != 0 || reached) return;
   if (atomicExch(&sequence->over_budget, 1u) == 0) {
     add_64(&sequence->counters.over_budget_steps, 1);

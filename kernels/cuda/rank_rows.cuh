@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/codec.cuh"
+#include "kernels/cuda/compact.cuh"
 #include "kernels/cuda/rank_step.cuh"
 #include "kernels/cuda/recode.cuh"
 #include "kernels/cuda/select.cuh"
@@ -50,7 +51,10 @@ struct RankShared {
   uint32_t count;
   uint32_t of_prompt;
   RowCounts counts;
-  RecodeShared recode;
+  union {
+    RecodeShared recode;
+    CompactShared compact;
+  };
 };
 
 // A lane's budget. As RankHead of the host.

@@ -66,8 +66,8 @@ TEST_P(CudaRank, AgreesWithTheHost) {
 INSTANTIATE_TEST_SUITE_P(Policies, CudaRank,
                          ::testing::Values("streaming-llm", "h2o", "snapkv", "pyramidkv", "random",
                                            "quantized-pruning", "thinkv-ladder", "full"),
-                         [](const auto& info) {
-                           std::string name = info.param;
+                         [](const auto& param) {
+                           std::string name = param.param;
                            std::erase(name, '-');
                            return name;
                          });
@@ -83,7 +83,7 @@ Format any_format(TwinBatch& batch) {
 PolicyParams draw_policy(TwinBatch& batch) {
   PolicyParams p;
   do {
-    p = {};
+    p = PolicyParams{};
     std::snprintf(p.name, sizeof p.name, "%s", "random");
     p.prompt_format = any_format(batch);
     p.sink_format = any_format(batch);
@@ -96,7 +96,18 @@ PolicyParams draw_policy(TwinBatch& batch) {
   return p;
 }
 
-void run_draw(uint64_t seed) {
+// What the draws did, so that a test of nothing shows.
+struct Tally {
+  uint64_t evicted = 0, recoded = 0, gathered = 0, missed = 0;
+  void add(const kernels::SequenceStats& s) {
+    evicted += s.evicted_slots;
+    recoded += s.recoded_slots;
+    gathered += s.gathered_bytes;
+    missed += s.over_budget_steps;
+  }
+};
+
+void run_draw(uint64_t seed, Tally& tally) {
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
   TwinBatch batch({.geometry = {.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = dim},
                    .element = static_cast<Element>(seed % 3),
@@ -110,6 +121,7 @@ void run_draw(uint64_t seed) {
   batch.compare();
   ASSERT_EQ(batch.wrong(), "") << "the prompt of seed " << seed;
   run_steps(batch, 60, "seed " + std::to_string(seed));
+  tally.add(batch.twin(1)->host->stats());
   batch.close(1);
   batch.compare();
   EXPECT_EQ(batch.wrong(), "");
@@ -119,10 +131,20 @@ TEST(CudaRankRandom, RulesAgreeWithTheHost) {
   const char* text = std::getenv("THINKV_SEED");
   const uint64_t first = text != nullptr ? std::strtoull(text, nullptr, 0) : 20251129;
   std::printf("seed %llu\n", static_cast<unsigned long long>(first));
+  Tally tally;
   for (uint64_t i = 0; i < kDraws; ++i) {
-    run_draw(first + i);
+    run_draw(first + i, tally);
     ASSERT_FALSE(HasFailure()) << "replay: THINKV_SEED=" << first + i;
   }
+  std::printf("%llu evicted, %llu recoded, %llu bytes moved, %llu steps over the budget\n",
+              static_cast<unsigned long long>(tally.evicted),
+              static_cast<unsigned long long>(tally.recoded),
+              static_cast<unsigned long long>(tally.gathered),
+              static_cast<unsigned long long>(tally.missed));
+  EXPECT_GT(tally.evicted, 100 * kDraws) << "the rules do too little";
+  EXPECT_GT(tally.recoded, 10 * kDraws);
+  EXPECT_GT(tally.gathered, 100 * kDraws);
+  EXPECT_GT(tally.missed, kDraws / 10);
 }
 
 }  // namespace
