@@ -12,13 +12,8 @@ namespace thinkv::ops {
 namespace {
 
 // "f16" is 16 bits in the model's own value type; a policy does not choose between the two.
+constexpr size_t kSlotFormats = 8;  // the first ones: their slots stand alone
 constexpr std::array kFormatNames = {
-    Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
-    Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
-    Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
-    Choice<Format>{"nvfp4", Format::kNvfp4}, Choice<Format>{"ternary", Format::kTernary}};
-// What a rule can recode to: formats of blocks too.
-constexpr std::array kRecodeNames = {
     Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
     Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
     Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
@@ -54,16 +49,16 @@ constexpr uint32_t kSegmentMax = 1024;
 constexpr size_t kDescriptionMax = 400;
 
 void read_formats(MapReader formats, PolicyParams* params) {
-  formats.choice<Format>("prompt", kFormatNames, &params->prompt_format);
+  formats.choice<Format>("prompt", format_choices(), &params->prompt_format);
   formats.require("prompt");
   params->sink_format = params->prompt_format;
-  formats.choice<Format>("sinks", kFormatNames, &params->sink_format);
+  formats.choice<Format>("sinks", format_choices(), &params->sink_format);
   MapReader thoughts = formats.child("thoughts");
   formats.require("thoughts");
   constexpr std::array<std::string_view, kThoughtCount> kNames = {"reasoning", "execution",
                                                                   "transition"};
   for (uint32_t i = 0; i < kThoughtCount; ++i) {
-    thoughts.choice<Format>(kNames[i], kFormatNames, &params->thought_format[i]);
+    thoughts.choice<Format>(kNames[i], format_choices(), &params->thought_format[i]);
     if (formats.has("thoughts")) thoughts.require(kNames[i]);
   }
   thoughts.finish();
@@ -299,11 +294,11 @@ void read_name(MapReader* root, const std::string& file, PolicyParams* params) {
 }  // namespace
 
 std::span<const Choice<Format>> format_choices() {
-  return kFormatNames;
+  return std::span(kFormatNames).first<kSlotFormats>();
 }
 
 std::span<const Choice<Format>> recode_choices() {
-  return kRecodeNames;
+  return kFormatNames;
 }
 
 void read_policy(const PolicySource& source, PolicyParams* params, std::string* description,

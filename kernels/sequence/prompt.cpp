@@ -1,6 +1,7 @@
 #include "kernels/sequence/prompt.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/sequence/coding.h"
 #include "kernels/sequence/tiering.h"
@@ -8,9 +9,6 @@
 
 namespace thinkv::kernels {
 namespace {
-
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
 
 // New pages of a lane for the ranges; both in one format share pages.
 uint32_t new_pages(const Lane& lane, const PromptPlan& plan) {
@@ -30,22 +28,12 @@ Format larger_format(const PromptPlan& plan, uint32_t head_dim) {
 // Tokens of one kv head of k and v, in chunks of a page at most.
 void write_range(SequenceState& state, Lane lane, const PromptRange& range, const PromptRows& rows,
                  uint32_t head) {
-  const uint32_t dim = state.geometry.head_dim;
-  const size_t stride = size_t{state.geometry.kv_heads} * dim;
   std::array<uint32_t, kSlotsPerPageMax> positions;
   for (uint32_t done = 0; done < range.count;) {
     const uint32_t chunk = std::min(range.count - done, kSlotsPerPageMax);
-    for (uint32_t i = 0; i < chunk; ++i) {
-      const size_t token = size_t{range.first} + done + i;
-      const size_t from = token * stride + size_t{head} * dim;
-      std::copy_n(rows.k + from, dim, state.k_rows.data() + size_t{i} * dim);
-      std::copy_n(rows.v + from, dim, state.v_rows.data() + size_t{i} * dim);
-      positions[i] = static_cast<uint32_t>(token);
-    }
-    if (state.policy().rotate != 0) {
-      state.kernels.rotate(state.k_rows.data(), chunk, dim);
-      state.kernels.rotate(state.v_rows.data(), chunk, dim);
-    }
+    const uint32_t first = range.first + done;
+    std::iota(positions.begin(), positions.begin() + chunk, first);
+    load_prompt(state, rows, head, first, chunk, state.k_rows.data(), state.v_rows.data());
     const TokenRows written{.k = state.k_rows.data(),
                             .v = state.v_rows.data(),
                             .positions = positions.data(),
@@ -72,6 +60,20 @@ Status reserve_layer(SequenceState& state, uint32_t layer, const PromptPlan& pla
 }
 
 }  // namespace
+
+void load_prompt(const SequenceState& state, const PromptRows& rows, uint32_t head, uint32_t first,
+                 uint32_t count, float* k, float* v) {
+  const uint32_t dim = state.geometry.head_dim;
+  const size_t stride = size_t{state.geometry.kv_heads} * dim;
+  for (uint32_t i = 0; i < count; ++i) {
+    const size_t from = (size_t{first} + i) * stride + size_t{head} * dim;
+    std::copy_n(rows.k + from, dim, k + size_t{i} * dim);
+    std::copy_n(rows.v + from, dim, v + size_t{i} * dim);
+  }
+  if (state.policy().rotate == 0) return;
+  state.kernels.rotate(k, count, dim);
+  state.kernels.rotate(v, count, dim);
+}
 
 PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t tokens) {
   const PolicyParams& p = state.policy();

@@ -12,9 +12,6 @@
 namespace thinkv::kernels {
 namespace {
 
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
-
 // The pages that one lane can need between begin_step and end_step.
 bool add_lane_need(const SequenceState& state, uint32_t lane, uint32_t& data_pages,
                    MetaNeed& need) {

@@ -11,6 +11,7 @@
 
 #include "daemon/ops/policy_file.h"
 #include "daemon/ops/yaml_tree.h"
+#include "tests/support/policy_text.h"
 #include "thinkv/internal/policy_check.h"
 
 namespace thinkv::ops {
@@ -89,12 +90,6 @@ const std::string kGood =
 
 std::optional<Policy> parse(const std::string& text, Diagnostics* diagnostics) {
   return parse_policy(text, "/x/p.yaml", diagnostics);
-}
-
-std::string problems(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  EXPECT_FALSE(parse(text, &diagnostics).has_value()) << text;
-  return diagnostics.text();
 }
 
 TEST(Policy, SmallestFile) {
