@@ -62,8 +62,8 @@ struct DeviceLane {
     uint16_t buffer_score[16];        // fp16
     float buffer_sum[16];             // where DeviceSequence.score_bytes is 4
   };
-  // Ids of pages that rank rules emptied in the step in progress: in the descriptors behind those in
-  // use. The lane's next new page is the first of them; what is left goes at the step's end.
+  // Ids of pages that rank rules emptied in the step in progress: in the descriptors behind those
+  // in use. The lane's next new page is the first of them; what is left goes at the step's end.
   uint16_t pending;
   uint8_t mask;  // kFirstFit: the mask that was chosen
   uint8_t reserved0;
@@ -183,8 +183,8 @@ enum RankStep : uint32_t {
 }
 // score_bytes: of a slot.
 [[nodiscard]] constexpr uint32_t descriptors_per_page(uint32_t head_dim, uint32_t score_bytes) {
-  return page_bytes(head_dim) / (static_cast<uint32_t>(sizeof(DeviceDescriptor)) +
-                                 kSlotsPerPageMax * score_bytes);
+  return page_bytes(head_dim) /
+         (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + kSlotsPerPageMax * score_bytes);
 }
 static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 17);
 static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1400);

@@ -119,11 +119,10 @@ __device__ __forceinline__ void give_page(Lease* lease, uint32_t raw) {
                                                           const DeviceSequence* s) {
   const ModelGeometry& g = view.geometry;
   const uint32_t segments_max = kSegmentPagesMax * segments_per_page(g.head_dim);
-  const uint32_t wrong = (s->magic ^ kDeviceSequenceMagic) | (s->version ^ kDeviceLayoutVersion) |
-                         (s->layers ^ g.layers) | (s->kv_heads ^ g.kv_heads) |
-                         (s->head_dim ^ g.head_dim) |
-                         (s->value_type ^ static_cast<uint32_t>(g.value_type)) |
-                         (s->score_bytes & ~6u);
+  const uint32_t wrong =
+      (s->magic ^ kDeviceSequenceMagic) | (s->version ^ kDeviceLayoutVersion) |
+      (s->layers ^ g.layers) | (s->kv_heads ^ g.kv_heads) | (s->head_dim ^ g.head_dim) |
+      (s->value_type ^ static_cast<uint32_t>(g.value_type)) | (s->score_bytes & ~6u);
   const uint32_t segments = s->segments, pages = s->segment_pages;
   return (wrong == 0) & (segments - 1 < segments_max) & (pages <= kSegmentPagesMax);
 }
@@ -177,7 +176,7 @@ struct LaneView {
   DeviceSequence* sequence;
   DeviceLane* lane;  // null: none, or bad metadata
   uint32_t head_dim;
-  uint32_t per_table;  // descriptors in a table page
+  uint32_t per_table;    // descriptors in a table page
   uint32_t score_bytes;  // of a slot's number in table pages; 0: none
   [[nodiscard]] __device__ __forceinline__ bool scored() const { return score_bytes != 0; }
 };

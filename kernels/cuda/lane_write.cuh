@@ -116,7 +116,8 @@ struct OldestPages {
 // warp. Result: kNoneRaw where there is none.
 [[nodiscard]] __device__ __forceinline__ uint32_t next_page(const LaneView& lane) {
   DeviceLane& header = *lane.lane;
-  if (header.pending == 0) return grow_table(lane) ? take_page(lane.batch->lease) : PageId::kNoneRaw;
+  if (header.pending == 0)
+    return grow_table(lane) ? take_page(lane.batch->lease) : PageId::kNoneRaw;
   header.pending = static_cast<uint16_t>(header.pending - 1);
   auto* table = page_at(*lane.batch, header.table[header.pages / lane.per_table]);
   if (table == nullptr) return PageId::kNoneRaw;

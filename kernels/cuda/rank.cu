@@ -46,8 +46,8 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
     rows.score[i] = rows.attention[i];
   }
   protect_rows(item, rule, budget.limit, n);
-  const uint32_t free = rank_detail::count_rows(
-      *item.shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
+  const uint32_t free =
+      rank_detail::count_rows(*item.shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
   choose_fates(item, rule, budget.limit, n, free);
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
@@ -112,8 +112,7 @@ __device__ void run_item(const BatchView& view, const RankParams& params, Device
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads)
-    rank_kernel(const __grid_constant__ BatchView view,
-                const __grid_constant__ RankParams params) {
+    rank_kernel(const __grid_constant__ BatchView view, const __grid_constant__ RankParams params) {
   __shared__ DueRows due;
   __shared__ RankShared shared;
   wait_for_previous();

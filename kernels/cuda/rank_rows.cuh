@@ -23,12 +23,12 @@ enum RankFate : uint8_t { kRankDrop = 0, kRankKeep = 1, kRankRecode = 2 };
 // Shared memory for at most `room` rows, ascending by position. `score` begins at 8 bytes, and
 // `number` follows it: together they are the masks of recoding.
 struct RankRows {
-  uint32_t* place;     // descriptor << 6 | slot
+  uint32_t* place;  // descriptor << 6 | slot
   uint32_t* position;
-  float* attention;    // of a layer's heads together: the sum of their scores
+  float* attention;  // of a layer's heads together: the sum of their scores
   float* score;
   float* number;
-  uint8_t* fixed;      // protected
+  uint8_t* fixed;  // protected
   uint8_t* fate;
   uint32_t room;
 };
@@ -220,12 +220,11 @@ __device__ inline void add_attention(const RankItem& item, const RankRule& rule,
   uint32_t pooled = 0;  // rows that are not among the protected newest
   if (rule.pool != Pool::kNone) {
     const uint32_t first_recent = item.sequence->tokens - recent_tokens(item, rule, limit);
-    pooled = count_rows(*item.shared, n,
-                        [&](uint32_t i) { return rows.position[i] < first_recent; });
+    pooled =
+        count_rows(*item.shared, n, [&](uint32_t i) { return rows.position[i] < first_recent; });
   }
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const float number =
-        i < pooled ? pooled_number(rule, rows.number, pooled, i) : rows.number[i];
+    const float number = i < pooled ? pooled_number(rule, rows.number, pooled, i) : rows.number[i];
     rows.score[i] = exact_add(rows.score[i], exact_mul(rule.attention, number));
   }
   __syncthreads();

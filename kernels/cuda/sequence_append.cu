@@ -31,9 +31,8 @@ struct Place {
   bool sums;  // fp32 instead of fp16
 
   __device__ __forceinline__ explicit Place(const TokenSite& site)
-      : page(reinterpret_cast<unsigned char*>(site.page &
-                                              ~(TokenSite::kSums | TokenSite::kRotates |
-                                                TokenSite::kTokens))),
+      : page(reinterpret_cast<unsigned char*>(
+            site.page & ~(TokenSite::kSums | TokenSite::kRotates | TokenSite::kTokens))),
         lane(reinterpret_cast<DeviceLane*>(site.lane)),
         count(static_cast<uint32_t>(site.page & TokenSite::kTokens)),
         rotates((site.page & TokenSite::kRotates) != 0),

@@ -167,8 +167,8 @@ __device__ void flush_lane(const LaneView& lane, const FlushFormats& formats, Fl
     }
     if (count > sinks) {
       reused += place_tokens(lane, {formats.thought, shared.positions + sinks,
-                                    scores == nullptr ? nullptr : scores + sinks * lane.score_bytes, count - sinks,
-                                    shared.places + sinks});
+                                    scores == nullptr ? nullptr : scores + sinks * lane.score_bytes,
+                                    count - sinks, shared.places + sinks});
     }
     if (threadIdx.x == 0) {
       // The tokens were counted when they came; they have moved, not doubled.

@@ -88,8 +88,8 @@ bool waits(const PolicyParams& policy, uint32_t prompt, uint32_t generated) {
   return prompt > 0 && policy::any_waits_for_queries(policy) && generated <= policy.score_window;
 }
 
-uint32_t rank_step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                         uint32_t prompt, uint32_t generated, uint32_t lane_pages_max) {
+uint32_t rank_step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
+                         uint32_t generated, uint32_t lane_pages_max) {
   const policy::Moment moment{.generated = generated, .waiting = waits(policy, prompt, generated)};
   return rule_pages(geometry, policy, moment, lane_pages_max, uint64_t{prompt} + generated);
 }

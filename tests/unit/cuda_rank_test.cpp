@@ -18,9 +18,8 @@ using testing::TwinBatch;
 PolicyParams shipped(const std::string& name, uint32_t budget) {
   const char* root = std::getenv("THINKV_SOURCE_DIR");
   ops::Diagnostics problems(name);
-  const auto policy = ops::load_policy(std::string(root == nullptr ? "." : root) +
-                                           "/config/policies/" + name + ".yaml",
-                                       &problems);
+  const auto policy = ops::load_policy(
+      std::string(root == nullptr ? "." : root) + "/config/policies/" + name + ".yaml", &problems);
   EXPECT_TRUE(policy.has_value()) << problems.text();
   PolicyParams params = policy ? policy->params : PolicyParams{};
   params.budget_tokens = budget;
