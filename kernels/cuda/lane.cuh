@@ -32,6 +32,10 @@ __device__ __forceinline__ void add_64(uint64_t* where, uint64_t value) {
   atomicAdd(reinterpret_cast<AtomicWord64*>(where), static_cast<AtomicWord64>(value));
 }
 
+__device__ __forceinline__ void min_64(uint64_t* where, uint64_t value) {
+  atomicMin(reinterpret_cast<AtomicWord64*>(where), static_cast<AtomicWord64>(value));
+}
+
 [[nodiscard]] __device__ __forceinline__ uint64_t low_slots(uint32_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }

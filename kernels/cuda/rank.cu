@@ -5,8 +5,8 @@
 
 #include "kernels/cuda/due_rows.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/rank_adaptive.cuh"
 #include "kernels/cuda/rank_apply.cuh"
-#include "kernels/cuda/rank_choose.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -48,13 +48,13 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
   protect_rows(item, rule, budget.limit, n);
   const uint32_t free =
       rank_detail::count_rows(*item.shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
-  choose_fates(item, rule, budget.limit, n, free);
+  choose(item, rule, item.lane(0), budget.limit, n, free);
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
     if (item.heads > 1 && gather_lane(item, lane) != n) return true;
     apply_fates<kDim>(item, rule, lane, n);
   }
-  return budget.limit.surplus() <= free;
+  return is_adaptive(rule.budget) || budget.limit.surplus() <= free;
 }
 
 // A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In

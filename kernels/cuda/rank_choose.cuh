@@ -112,12 +112,20 @@ struct RankBudget {
 [[nodiscard]] __device__ inline RankBudget budget_of(const RankItem& item, const RankRule& rule,
                                                      const LaneView& lane) {
   const uint32_t all = item.sequence->budget_tokens;
-  if (all == kRankBudgetNone || lane.lane == nullptr) return {{0, 0}, false};
+  if (all == kRankBudgetNone || lane.lane == nullptr) return {{0, 0, false}, false};
   const uint32_t outside = rule.counts == BudgetCount::kGenerated ? lane.lane->live_prompt : 0;
   const uint32_t counted = lane.lane->live - outside;
   const uint32_t budget = policy::percent_of(all, rule.budget_percent);
+  if (rule.budget == BudgetRule::kFirstFit) {
+    // Masks are chosen whether or not something has to go.
+    if (rule.at_prompt_end != 0) return {{counted, budget, false}, true};
+    const uint32_t mask = lane.lane->mask;
+    const uint32_t held = mask == policy::kMaskFull ? counted : lane.lane->mask_tokens;
+    const uint32_t limit = max(budget, held);
+    return {{counted, limit, mask == policy::kMaskLocal}, counted > limit};
+  }
   const uint32_t limit = rank_detail::limit_of(item, rule, budget, counted);
-  return {{counted, limit}, counted > limit};
+  return {{counted, limit, false}, counted > limit};
 }
 
 // The fixed rows and the `target` best of the others: rows.fate (policy::keep_best).

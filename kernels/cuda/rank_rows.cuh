@@ -50,6 +50,8 @@ struct RankShared {
   uint32_t digit, left, whole;  // of the radix selection
   uint32_t count;
   uint32_t of_prompt;
+  uint64_t least[2];  // of the tiers of DiffKV: the lowest row's key
+  float sum;
   RowCounts counts;
   union {
     RecodeShared recode;
@@ -61,6 +63,7 @@ struct RankShared {
 struct RankLimit {
   uint32_t counted;  // tokens that the budget counts, the buffer's included
   uint32_t limit;    // of them, how many may stay
+  bool local;        // of first_fit in decoding: the mask holds the newest tokens
   [[nodiscard]] __device__ __forceinline__ bool over() const { return counted > limit; }
   [[nodiscard]] __device__ __forceinline__ uint32_t surplus() const {
     return over() ? counted - limit : 0;
@@ -207,8 +210,11 @@ __device__ inline void multiply_by_value_norm(const RankItem& item, const LaneVi
 [[nodiscard]] __device__ __forceinline__ uint32_t recent_tokens(const RankItem& item,
                                                                 const RankRule& rule,
                                                                 const RankLimit& limit) {
-  const uint32_t percent = policy::percent_of(limit.limit, rule.recent_percent);
-  return min(max(uint32_t{rule.recent}, percent), item.sequence->tokens);
+  const DeviceSequence& s = *item.sequence;
+  uint32_t recent =
+      max(uint32_t{rule.recent}, policy::percent_of(limit.limit, rule.recent_percent));
+  if (limit.local) recent = max(recent, policy::percent_of(s.prompt_tokens, rule.local_percent));
+  return min(recent, s.tokens);
 }
 
 // score = attention x its weight. Requires: rows.number from read_attention().

@@ -14,6 +14,13 @@ namespace thinkv::cuda {
           .waiting = sequence->query_wait != 0};
 }
 
+// That of the rules that run now.
+[[nodiscard]] __device__ __forceinline__ policy::Moment moment_of_step(
+    const DeviceSequence* sequence) {
+  return {.generated = sequence->tokens - sequence->prompt_tokens,
+          .waiting = (sequence->rank_step & kRankWaiting) != 0};
+}
+
 // By one thread, at the end of a step of a rank policy and before its rules. Result: whether they
 // have something to do.
 [[nodiscard]] __device__ __forceinline__ bool count_rank_step(DeviceSequence* sequence) {

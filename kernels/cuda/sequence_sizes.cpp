@@ -207,6 +207,8 @@ const char* rank_unsupported(const PolicyParams& policy) {
       case BudgetRule::kFixed:
       case BudgetRule::kPyramid:
       case BudgetRule::kBytes:
+      case BudgetRule::kThreshold:
+      case BudgetRule::kFirstFit:
         break;
       case BudgetRule::kGroups:
         return "budget.rule: groups runs on the host backend only so far";
@@ -214,10 +216,6 @@ const char* rank_unsupported(const PolicyParams& policy) {
         return "budget.rule: split runs on the host backend only so far";
       case BudgetRule::kMaxDrop:
         return "budget.rule: max_drop runs on the host backend only so far";
-      case BudgetRule::kThreshold:
-        return "budget.rule: threshold runs on the host backend only so far";
-      case BudgetRule::kFirstFit:
-        return "budget.rule: first_fit runs on the host backend only so far";
       case BudgetRule::kShared:
         return "budget.rule: shared runs on the host backend only so far";
     }

@@ -64,7 +64,7 @@ TEST_P(CudaRank, AgreesWithTheHost) {
 
 INSTANTIATE_TEST_SUITE_P(Policies, CudaRank,
                          ::testing::Values("streaming-llm", "h2o", "snapkv", "pyramidkv", "random",
-                                           "quantized-pruning", "thinkv-ladder", "full"),
+                                           "quantized-pruning", "thinkv-ladder", "full", "diffkv", "fastgen"),
                          [](const auto& param) {
                            std::string name = param.param;
                            std::erase(name, '-');
