@@ -278,8 +278,8 @@ __device__ inline uint32_t compact_format(const FormatPages& pages) {
     while (from.slots != 0) {
       while (to.slots == 0) {
         const uint64_t next = take_key(pages, targets);
+        to = next == kNoKey ? MovedPage{} : moved_page(pages, index_of(next), false);
         if (next == kNoKey) break;
-        to = moved_page(pages, index_of(next), false);
       }
       if (from.bytes == nullptr || to.bytes == nullptr) {  // bad metadata: the tokens stay
         if (threadIdx.x == 0) raise_fault(pages.lane->batch->lease, kBadMetadata);

@@ -160,7 +160,7 @@ TEST_P(CudaCompact, MovesAsTheHostWhateverIsLeft) {
     batch.prefill(0, 300);
     evict_by_chance(batch, 0, 284, share);
     const uint64_t moved = compact_all(batch);
-    if (share >= 50) EXPECT_GT(moved, 0u);
+    EXPECT_TRUE(moved > 0 || share < 50);
     EXPECT_EQ(compact_all(batch), 0u);               // nothing is left to move
     for (uint32_t i = 0; i < 20; ++i) batch.step();  // free slots are written again
     batch.compare();
