@@ -41,7 +41,8 @@ __device__ inline void sort_into_tiers(const RankItem& item, const RankRule& rul
     if (rows.fixed[i] != 0) continue;
     const policy::Tier tier = policy::tier_of(rows.attention[i], t);
     const bool goes = rows.fate[i] == kRankDrop && tier == policy::Tier::kPruned;
-    if (!goes) rows.fate[i] = tier == policy::Tier::kHigh ? kRankKeep : lower;
+    const auto kept = static_cast<uint8_t>(kRankKeep);
+    if (!goes) rows.fate[i] = tier == policy::Tier::kHigh ? kept : lower;
   }
   __syncthreads();
 }
