@@ -7,6 +7,8 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rank_adaptive.cuh"
 #include "kernels/cuda/rank_apply.cuh"
+#include "kernels/cuda/rank_prefix.cuh"
+#include "kernels/cuda/rank_signals.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -15,12 +17,11 @@ constexpr uint32_t kThreads = 256;
 constexpr uint32_t kBlocksFew = 4;  // of a multiprocessor, of the kernel for few tokens
 constexpr uint32_t kFinishThreads = 128;
 
-// Which lanes a launch takes: those that held more than `above` and at most `rows` tokens when the
-// rules began. No rule makes a lane larger, so each lane is one launch's.
+// Which lanes a launch takes: those that held fewer than kRankRowsFew tokens when the rules began,
+// or all others. No rule makes a lane larger, so each lane is one launch's.
 struct RankParams {
   uint32_t root;  // kNoneRaw: the rows of the batch that are due
-  uint32_t above;
-  uint32_t rows;
+  bool few;
 };
 
 // One rule on the lanes of an item. Result: false where what is protected is more than the budget.
@@ -34,7 +35,7 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
     const LaneView lane = item.lane(head);
     if (lane.lane == nullptr) return true;
     const uint32_t found = gather_lane(item, lane);
-    if (found > rows.room || (head > 0 && found != n)) return true;
+    if (found >= rows.room || (head > 0 && found != n)) return true;
     n = found;
     score_rows<kDim>(item, rule, lane, item.first_lane + head, budget.limit, n);
     for (uint32_t i = threadIdx.x; i < n && item.heads > 1; i += blockDim.x) {
@@ -55,6 +56,24 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
     apply_fates<kDim>(item, rule, lane, n);
   }
   return is_adaptive(rule.budget) || budget.limit.surplus() <= free;
+}
+
+// A rule on all lanes of an item, together or one by one.
+template <int kDim>
+__device__ bool run_on_item(const RankItem& item, const RankRule& rule) {
+  if (item.heads == 1 || item.sequence->policy.grain == SelectGrain::kLayer) {
+    return run_rule<kDim>(item, rule);
+  }
+  if (rule.budget == BudgetRule::kMaxDrop) {
+    drop_prefix<kDim>(item, rule);
+    return true;
+  }
+  bool reached = true;
+  for (uint32_t head = 0; head < item.heads; ++head) {
+    reached = run_rule<kDim>(item.head(head), rule) && reached;
+    __syncthreads();
+  }
+  return reached;
 }
 
 // A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In
@@ -80,7 +99,7 @@ __device__ void run_rules(const RankItem& item) {
   for (uint32_t i = 0; i < count; ++i) {
     const RankRule& rule = sequence->policy.rules[i];
     if (((plan >> i) & 1u) == 0 || !covers_layer(rule, item.layer())) continue;
-    reached = run_rule<kDim>(item, rule) && reached;
+    reached = run_on_item<kDim>(item, rule) && reached;
     __syncthreads();
   }
   if ((plan & kRankCompacts) != 0) compact_item(item);
@@ -94,10 +113,17 @@ __device__ void run_rules(const RankItem& item) {
 // layer if it is its first lane.
 template <int kDim>
 __device__ void run_item(const BatchView& view, const RankParams& params, DeviceSequence* sequence,
-                         uint32_t index, const RankRows& rows, RankShared* shared) {
-  const uint32_t heads = sequence->policy.grain == SelectGrain::kLayer ? view.geometry.kv_heads : 1;
+                         uint32_t index, RankShared* shared) {
+  const PolicyParams& policy = sequence->policy;
+  const uint32_t heads = couples_heads(policy) ? view.geometry.kv_heads : 1;
   if (index % heads != 0) return;
-  const RankItem item{&view, sequence, index, heads, rows, shared};
+  const bool most = needs_most_room(policy);
+  const uint32_t room = params.few ? kRankRowsFew : rank_rows_max(policy, kDim);
+  unsigned char* const beside = dynamic_shared() + room * kRankRowBytes;
+  auto* const tails = reinterpret_cast<float*>(beside);
+  auto* const tiles = drops_prefix(policy) ? tails + room : tails;
+  const RankItem item{&view,  sequence, index, heads, rank_rows(dynamic_shared(), room),
+                      shared, tails,    tiles};
   uint32_t live = 0;
   for (uint32_t head = 0; head < heads; ++head) {
     const LaneView lane = item.lane(head);
@@ -105,9 +131,8 @@ __device__ void run_item(const BatchView& view, const RankParams& params, Device
     live = max(live, lane.lane->live);
   }
   __syncthreads();  // all have read what the rules will change
-  const bool last = params.rows == kRankRowsMax;
-  if (live <= params.above || (live > params.rows && !last)) return;
-  run_rules<kDim>(item);
+  const bool few = live < kRankRowsFew && !most;
+  if (few == params.few) run_rules<kDim>(item);
 }
 
 template <int kDim>
@@ -118,14 +143,13 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous();
   const bool of_batch = params.root == PageId::kNoneRaw;
   const uint32_t rows = of_batch ? load_due(view, kDueRank, due) : 1;
-  const RankRows space = rank_rows(dynamic_shared(), params.rows);
   const uint32_t lanes = view.geometry.lanes();
   for (uint64_t item = blockIdx.x; item < uint64_t{rows} * lanes; item += gridDim.x) {
     uint32_t root = params.root;
     if (of_batch) root = view.roots[due_row(view, static_cast<uint32_t>(item / lanes), due)];
     DeviceSequence* sequence = sequence_at(view, root);
     if (sequence == nullptr) continue;
-    run_item<kDim>(view, params, sequence, static_cast<uint32_t>(item % lanes), space, &shared);
+    run_item<kDim>(view, params, sequence, static_cast<uint32_t>(item % lanes), &shared);
     __syncthreads();
   }
 }
@@ -149,14 +173,14 @@ cudaError_t launch_rank_of(const BatchView& view, uint32_t root, uint32_t multip
                                   .threads = kThreads,
                                   .shared_bytes = kRankRowsFew * kRankRowBytes,
                                   .overlaps_previous = overlaps},
-                                 stream, view, RankParams{root, 0, kRankRowsFew});
+                                 stream, view, RankParams{root, true});
   if (few != cudaSuccess) return few;
   return launch(rank_kernel<kDim>,
                 {.blocks = multiprocessors,
                  .threads = kThreads,
                  .shared_bytes = kRankRowsMax * kRankRowBytes,
                  .overlaps_previous = overlaps},
-                stream, view, RankParams{root, kRankRowsFew, kRankRowsMax});
+                stream, view, RankParams{root, false});
 }
 
 cudaError_t launch_rules(const BatchView& view, uint32_t root, cudaStream_t stream) {

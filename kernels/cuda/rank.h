@@ -22,8 +22,44 @@ namespace thinkv::cuda {
 inline constexpr uint32_t kRankRowBytes = 5 * sizeof(uint32_t) + 2 * sizeof(uint8_t);
 inline constexpr uint32_t kRankRowsFew = 1536;
 inline constexpr uint32_t kRankRowsMax = 6912;
+// Beside the rows: tiles of keys where a rule compares them, a number a row for max_drop.
+inline constexpr uint32_t kSimilarityTile = 32;
 static_assert(kRankRowsMax * kRankRowBytes <= 150 * 1024, "163 KiB of an A100 less what is static");
 static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at 16 bytes");
+
+[[nodiscard]] constexpr uint32_t similarity_bytes(uint32_t head_dim) {
+  return kSimilarityTile * (2 * (head_dim + 1) + kSimilarityTile + 1) *
+         static_cast<uint32_t>(sizeof(float));
+}
+[[nodiscard]] constexpr bool compares_keys(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
+    any = any || policy.rules[i].similarity != 0.0f;
+  }
+  return any;
+}
+// The heads of a layer are decided together by some rule.
+[[nodiscard]] constexpr bool couples_heads(const PolicyParams& policy) {
+  bool any = policy.grain == SelectGrain::kLayer;
+  for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
+    any = any || policy.rules[i].budget == BudgetRule::kMaxDrop;
+  }
+  return any;
+}
+[[nodiscard]] constexpr bool drops_prefix(const PolicyParams& policy) {
+  return couples_heads(policy) && policy.grain != SelectGrain::kLayer;
+}
+// Only the kernel for most tokens has room for the policy's working memory.
+[[nodiscard]] constexpr bool needs_most_room(const PolicyParams& policy) {
+  return compares_keys(policy) || drops_prefix(policy);
+}
+// Rows of a lane that there is room for are fewer than this.
+[[nodiscard]] constexpr uint32_t rank_rows_max(const PolicyParams& policy, uint32_t head_dim) {
+  const uint32_t tiles = compares_keys(policy) ? similarity_bytes(head_dim) : 0;
+  const uint32_t row =
+      kRankRowBytes + (drops_prefix(policy) ? static_cast<uint32_t>(sizeof(float)) : 0);
+  return (kRankRowsMax * kRankRowBytes - tiles) / row / 16 * 16;
+}
 
 // The RankStep bits of a moment.
 [[nodiscard]] constexpr uint32_t rank_plan(const PolicyParams& policy,

@@ -154,8 +154,7 @@ __device__ inline void fit_mask(const RankItem& item, const RankRule& rule, cons
     lane.lane->mask = static_cast<uint8_t>(mask);
     lane.lane->mask_tokens = held;
   }
-  const uint32_t left =
-      count_rows(shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
+  const uint32_t left = count_rows(shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
   keep_best(item, n, left, left - min(left, limit.surplus()));
 }
 

@@ -141,16 +141,20 @@ __device__ inline void keep_best(const RankItem& item, uint32_t n, uint32_t free
   __syncthreads();
 }
 
+// What the rule does not keep goes to the other format instead, where that is its action.
+__device__ inline void recode_dropped(const RankItem& item, const RankRule& rule, uint32_t n) {
+  if (rule.action != RankAction::kRecode) return;
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    if (item.rows.fate[i] == kRankDrop) item.rows.fate[i] = kRankRecode;
+  }
+  __syncthreads();
+}
+
 // rows.fate of `n` rows, `free` of them not fixed.
 __device__ inline void choose_fates(const RankItem& item, const RankRule& rule,
                                     const RankLimit& limit, uint32_t n, uint32_t free) {
-  const RankRows& rows = item.rows;
   keep_best(item, n, free, free - min(free, limit.surplus()));
-  if (rule.action != RankAction::kRecode) return;
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    if (rows.fate[i] == kRankDrop) rows.fate[i] = kRankRecode;
-  }
-  __syncthreads();
+  recode_dropped(item, rule, n);
 }
 
 }  // namespace thinkv::cuda

@@ -1,8 +1,7 @@
-// rank_rows.cuh: the tokens of a lane in shared memory while a rule is applied to them: places,
-// protection and the number of each, as kernels/sequence/rank_rows.cpp makes them (rank.h).
+// rank_rows.cuh: the tokens of a lane in shared memory while a rule is applied to them: places
+// and protection, as kernels/sequence/rank_rows.cpp makes them (rank.h).
 //
-// Functions of a whole block; every thread calls them with the same arguments. Sums that the host
-// adds in a stated order are added by one thread in that order.
+// Functions of a whole block; every thread calls them with the same arguments.
 #pragma once
 
 #include <cstdint>
@@ -78,6 +77,12 @@ struct RankItem {
   uint32_t heads;
   RankRows rows;
   RankShared* shared;
+  float* tails;  // [rows.room] where the policy has max_drop
+  float* tiles;  // similarity_bytes() where it compares keys
+  // One of its lanes.
+  [[nodiscard]] __device__ __forceinline__ RankItem head(uint32_t h) const {
+    return {batch, sequence, first_lane + h, 1, rows, shared, tails, tiles};
+  }
   [[nodiscard]] __device__ __forceinline__ LaneView lane(uint32_t head) const {
     return lane_view(*batch, sequence, first_lane + head);
   }
@@ -146,64 +151,15 @@ __device__ inline void sort_rows(const RankRows& rows, uint32_t n) {
   return sum;
 }
 
-__device__ inline void read_attention(const RankItem& item, const LaneView& lane, uint32_t n) {
-  const RankRows& rows = item.rows;
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const uint32_t index = rows.place[i] >> 6;
-    DeviceDescriptor* d = descriptor_at(lane, index);
-    const float sum = d == nullptr ? 0.0f : sums_of(lane, d, index)[rows.place[i] & 63u];
-    rows.number[i] = attention_of(item.sequence, sum, rows.position[i]);
-  }
-  __syncthreads();
-}
-
-// rows.number times the norm of the token's value; eight threads a row (policy::dot).
+// policy::dot of a vector with itself; eight threads hold it, all of the warp call. The first of
+// the eight has the host's order of additions.
 template <int kDim>
-__device__ inline void multiply_by_value_norm(const RankItem& item, const LaneView& lane,
-                                              uint32_t n) {
-  const RankRows& rows = item.rows;
-  for (uint32_t base = 0; base < n; base += blockDim.x / 8) {
-    const uint32_t i = base + threadIdx.x / 8;
-    float x[kDim / 8] = {};
-    const DeviceDescriptor* d = i < n ? descriptor_at(lane, rows.place[i] >> 6) : nullptr;
-    unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
-    if (page != nullptr) {
-      const auto format = static_cast<Format>(d->format);
-      const SlotShape shape = slot_shape(kDim, d->format);
-      decode_vector<kDim, false>(
-          x, format,
-          vector_place<kDim, false>(page, shape, coding_of<false>(format), rows.place[i] & 63u));
-    }
-    float sum = 0.0f;
+[[nodiscard]] __device__ __forceinline__ float dot_of_eight(const float (&x)[kDim / 8]) {
+  float sum = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kDim / 8; ++c) sum = exact_add(sum, exact_mul(x[c], x[c]));
-    for (uint32_t h = 4; h >= 1; h /= 2) {
-      sum = exact_add(sum, __shfl_xor_sync(kAllLanes, sum, h));
-    }
-    if (i < n && threadIdx.x % 8 == 0) {
-      rows.number[i] = exact_mul(rows.number[i], exact_sqrt(sum));
-    }
-  }
-  __syncthreads();
-}
-
-// policy::pool_rows at row i of the first n numbers.
-[[nodiscard]] __device__ __forceinline__ float pooled_number(const RankRule& rule,
-                                                             const float* numbers, uint32_t n,
-                                                             uint32_t i) {
-  const uint32_t half = rule.pool_width / 2;
-  const uint32_t first = i < half ? 0 : i - half, end = min(i + half + 1, n);
-  float value = 0.0f;
-  for (uint32_t j = first; j < end; ++j) {
-    const float x = numbers[j];
-    if (rule.pool == Pool::kMaximum) {
-      value = value < x ? x : value;
-    } else {
-      value = exact_add(value, x);
-    }
-  }
-  if (rule.pool == Pool::kMaximum) return value;
-  return exact_div(value, static_cast<float>(rule.pool_width));
+  for (int c = 0; c < kDim / 8; ++c) sum = exact_add(sum, exact_mul(x[c], x[c]));
+  for (uint32_t h = 4; h >= 1; h /= 2) sum = exact_add(sum, __shfl_xor_sync(kAllLanes, sum, h));
+  return sum;
 }
 
 // Protected newest tokens of a lane with that limit.
@@ -217,49 +173,10 @@ __device__ inline void multiply_by_value_norm(const RankItem& item, const LaneVi
   return min(recent, s.tokens);
 }
 
-// score = attention x its weight. Requires: rows.number from read_attention().
-template <int kDim>
-__device__ inline void add_attention(const RankItem& item, const RankRule& rule,
-                                     const LaneView& lane, const RankLimit& limit, uint32_t n) {
-  const RankRows& rows = item.rows;
-  if (rule.value_norm != 0) multiply_by_value_norm<kDim>(item, lane, n);
-  uint32_t pooled = 0;  // rows that are not among the protected newest
-  if (rule.pool != Pool::kNone) {
-    const uint32_t first_recent = item.sequence->tokens - recent_tokens(item, rule, limit);
-    pooled =
-        count_rows(*item.shared, n, [&](uint32_t i) { return rows.position[i] < first_recent; });
-  }
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const float number = i < pooled ? pooled_number(rule, rows.number, pooled, i) : rows.number[i];
-    rows.score[i] = exact_add(rows.score[i], exact_mul(rule.attention, number));
-  }
-  __syncthreads();
-}
-
-__device__ inline void add_position_and_chance(const RankItem& item, const RankRule& rule,
-                                               uint32_t lane, uint32_t n) {
-  const RankRows& rows = item.rows;
-  // Heads that keep one set draw one number.
-  const bool alike = item.sequence->policy.grain == SelectGrain::kLayer;
-  const uint32_t stream = alike ? item.layer() : lane;
-  const auto tokens = static_cast<float>(item.sequence->tokens);
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const uint32_t where = rows.position[i];
-    float score = exact_add(rows.score[i],
-                            exact_mul(rule.position, exact_div(static_cast<float>(where), tokens)));
-    if (rule.random != 0.0f) {
-      const float chance = policy::random_score(rule.seed, stream, where);
-      score = exact_add(score, exact_mul(rule.random, chance));
-    }
-    rows.score[i] = score;
-  }
-  __syncthreads();
-}
-
 }  // namespace rank_detail
 
 // The live tokens of a lane that are in pages: place and position, ascending. Result: how many;
-// more than there is room for: kRowsFull is raised and nothing is written.
+// not less than there is room for: kRowsFull is raised and nothing is written.
 [[nodiscard]] __device__ inline uint32_t gather_lane(const RankItem& item, const LaneView& lane) {
   const RankRows& rows = item.rows;
   const RowSpace space{.position = rows.position,
@@ -275,7 +192,7 @@ __device__ inline void add_position_and_chance(const RankItem& item, const RankR
   __syncthreads();
   const uint32_t n = counts.rows;
   __syncthreads();
-  if (n > rows.room) {
+  if (n >= rows.room) {
     if (threadIdx.x == 0) raise_fault(lane.batch->lease, kRowsFull);
     return n;
   }
@@ -294,23 +211,6 @@ __device__ inline void protect_rows(const RankItem& item, const RankRule& rule,
     item.rows.fixed[i] = where < rule.sinks || where >= s.tokens - recent || outside ? 1 : 0;
   }
   __syncthreads();
-}
-
-// rows.score of a lane; of a lane that decides alone, rows.attention too, where the rule reads it.
-// The terms are added in the host's order.
-template <int kDim>
-__device__ inline void score_rows(const RankItem& item, const RankRule& rule, const LaneView& lane,
-                                  uint32_t index, const RankLimit& limit, uint32_t n) {
-  const RankRows& rows = item.rows;
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) rows.score[i] = 0.0f;
-  if (uses_attention(rule) && lane.score_bytes == 4) {
-    rank_detail::read_attention(item, lane, n);
-    for (uint32_t i = threadIdx.x; i < n && item.heads == 1; i += blockDim.x) {
-      rows.attention[i] = rows.number[i];
-    }
-    if (rule.attention != 0.0f) rank_detail::add_attention<kDim>(item, rule, lane, limit, n);
-  }
-  rank_detail::add_position_and_chance(item, rule, index, n);
 }
 
 }  // namespace thinkv::cuda

@@ -196,17 +196,17 @@ uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& pol
     if (policy.rules[i].action != RankAction::kRecode) continue;
     slots = std::max(slots, slots_of(geometry, policy.rules[i].recode_format));
   }
-  return std::min(held, kRankRowsMax / slots);
+  return std::min(held, (rank_rows_max(policy, geometry.head_dim) - 1) / slots);
 }
 
 const char* rank_unsupported(const PolicyParams& policy) {
   for (uint32_t i = 0; i < policy.rule_count; ++i) {
     const RankRule& rule = policy.rules[i];
-    if (rule.similarity != 0.0f) return "signal.redundancy runs on the host backend only so far";
     switch (rule.budget) {
       case BudgetRule::kFixed:
       case BudgetRule::kPyramid:
       case BudgetRule::kBytes:
+      case BudgetRule::kMaxDrop:
       case BudgetRule::kThreshold:
       case BudgetRule::kFirstFit:
         break;
@@ -214,8 +214,6 @@ const char* rank_unsupported(const PolicyParams& policy) {
         return "budget.rule: groups runs on the host backend only so far";
       case BudgetRule::kSplit:
         return "budget.rule: split runs on the host backend only so far";
-      case BudgetRule::kMaxDrop:
-        return "budget.rule: max_drop runs on the host backend only so far";
       case BudgetRule::kShared:
         return "budget.rule: shared runs on the host backend only so far";
     }

@@ -23,8 +23,8 @@ template <class Steps = PlainSteps>
   // x = r - n ln 2 with |r| <= ln 2 / 2; ln 2 in two parts, so that r is exact enough.
   const auto n = static_cast<int32_t>(Steps::add(Steps::mul(x, -1.44269504f), 0.5f));
   const auto whole = static_cast<float>(n);
-  const float r =
-      Steps::add(Steps::add(x, Steps::mul(whole, 0.693359375f)), Steps::mul(whole, -2.12194440e-4f));
+  const float r = Steps::add(Steps::add(x, Steps::mul(whole, 0.693359375f)),
+                             Steps::mul(whole, -2.12194440e-4f));
   constexpr float kTerms[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f,
                               0.5f,          1.0f,          1.0f};
   float sum = 1.0f / 5040.0f;

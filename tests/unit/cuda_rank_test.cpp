@@ -50,6 +50,8 @@ void run_policy(const PolicyParams& policy, uint32_t dim) {
   batch.compare();
   ASSERT_EQ(batch.wrong(), "") << "evicted";
   run_steps(batch, 40, policy.name);
+  const kernels::SequenceStats stats = batch.twin(2)->host->stats();
+  if (policy.rule_count > 0) EXPECT_GT(stats.evicted_slots, 7u) << "the rules do nothing";
   batch.close(0);
   batch.close(2);
   batch.compare();
@@ -64,7 +66,8 @@ TEST_P(CudaRank, AgreesWithTheHost) {
 
 INSTANTIATE_TEST_SUITE_P(Policies, CudaRank,
                          ::testing::Values("streaming-llm", "h2o", "snapkv", "pyramidkv", "random",
-                                           "quantized-pruning", "thinkv-ladder", "full", "diffkv", "fastgen"),
+                                           "quantized-pruning", "thinkv-ladder", "full", "diffkv",
+                                           "fastgen", "r-kv", "dbudgetkv"),
                          [](const auto& param) {
                            std::string name = param.param;
                            std::erase(name, '-');
