@@ -46,7 +46,7 @@ struct DeviceDescriptor {
   uint16_t reserved0;
   uint32_t first_position;  // bounds of the positions of live slots; may be wider than needed
   uint32_t last_position;
-  uint64_t reserved1;
+  uint64_t marks;  // bit s of slot s: working memory of one rule, 0 between steps
 };
 static_assert(sizeof(DeviceDescriptor) == 32);
 

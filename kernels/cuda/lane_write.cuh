@@ -143,7 +143,7 @@ struct OldestPages {
             .reserved0 = 0,
             .first_position = 0,
             .last_position = 0,
-            .reserved1 = 0};
+            .marks = 0};
       lane.lane->pages += 1;
       lane.lane->free_slots[static_cast<uint32_t>(format)] += slots;
       atomicAdd(&lane.sequence->data_pages, 1u);

@@ -9,6 +9,7 @@
 #include "kernels/cuda/rank_apply.cuh"
 #include "kernels/cuda/rank_prefix.cuh"
 #include "kernels/cuda/rank_signals.cuh"
+#include "kernels/cuda/rank_strata.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -61,13 +62,12 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
 // A rule on all lanes of an item, together or one by one.
 template <int kDim>
 __device__ bool run_on_item(const RankItem& item, const RankRule& rule) {
-  if (item.heads == 1 || item.sequence->policy.grain == SelectGrain::kLayer) {
-    return run_rule<kDim>(item, rule);
-  }
+  if (item.sequence->policy.grain == SelectGrain::kLayer) return run_rule<kDim>(item, rule);
   if (rule.budget == BudgetRule::kMaxDrop) {
     drop_prefix<kDim>(item, rule);
     return true;
   }
+  if (rule.budget == BudgetRule::kSplit) return keep_strata<kDim>(item, rule);
   bool reached = true;
   for (uint32_t head = 0; head < item.heads; ++head) {
     reached = run_rule<kDim>(item.head(head), rule) && reached;

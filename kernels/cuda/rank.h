@@ -42,12 +42,17 @@ static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at
 [[nodiscard]] constexpr bool couples_heads(const PolicyParams& policy) {
   bool any = policy.grain == SelectGrain::kLayer;
   for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
-    any = any || policy.rules[i].budget == BudgetRule::kMaxDrop;
+    const BudgetRule budget = policy.rules[i].budget;
+    any = any || budget == BudgetRule::kMaxDrop || budget == BudgetRule::kSplit;
   }
   return any;
 }
 [[nodiscard]] constexpr bool drops_prefix(const PolicyParams& policy) {
-  return couples_heads(policy) && policy.grain != SelectGrain::kLayer;
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
+    any = any || policy.rules[i].budget == BudgetRule::kMaxDrop;
+  }
+  return any;
 }
 // Only the kernel for most tokens has room for the policy's working memory.
 [[nodiscard]] constexpr bool needs_most_room(const PolicyParams& policy) {

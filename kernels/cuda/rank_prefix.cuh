@@ -8,39 +8,10 @@
 #include <cstdint>
 
 #include "kernels/cuda/rank_apply.cuh"
-#include "kernels/cuda/rank_choose.cuh"
-#include "kernels/cuda/rank_signals.cuh"
+#include "kernels/cuda/rank_head.cuh"
 
 namespace thinkv::cuda {
 namespace prefix_detail {
-
-// One head of a layer with its rows.
-struct LoadedHead {
-  RankItem item;
-  LaneView lane;
-  RankBudget budget;
-  uint32_t n;
-  uint32_t free;
-};
-
-// Result: false for bad metadata.
-template <int kDim>
-[[nodiscard]] __device__ inline bool load_head(const RankItem& layer, const RankRule& rule,
-                                               uint32_t head, bool with_scores, LoadedHead& out) {
-  out.item = layer.head(head);
-  out.lane = out.item.lane(0);
-  if (out.lane.lane == nullptr) return false;
-  out.budget = budget_of(out.item, rule, out.lane);
-  out.n = gather_lane(out.item, out.lane);
-  if (out.n >= layer.rows.room) return false;
-  if (with_scores) {
-    score_rows<kDim>(out.item, rule, out.lane, out.item.first_lane, out.budget.limit, out.n);
-  }
-  protect_rows(out.item, rule, out.budget.limit, out.n);
-  out.free = rank_detail::count_rows(*layer.shared, out.n,
-                                     [&](uint32_t i) { return layer.rows.fixed[i] == 0; });
-  return true;
-}
 
 // The key of a row in the order in which rows go: those that are fixed last. rows.place is the row.
 [[nodiscard]] __device__ __forceinline__ uint64_t order_key(const RankRows& rows, uint32_t i) {
@@ -139,14 +110,14 @@ __device__ inline void drop_prefix(const RankItem& layer, const RankRule& rule) 
     due = budget_of(layer, rule, layer.lane(h)).due || due;
   }
   if (!due) return;
-  prefix_detail::LoadedHead head;
+  LoadedHead head;
   for (uint32_t h = 0; h < layer.heads; ++h) {
-    if (!prefix_detail::load_head<kDim>(layer, rule, h, false, head)) return;
+    if (!load_head<kDim>(layer, rule, h, false, head)) return;
     shortest = min(shortest, head.free);
     most = min(most, head.budget.limit.surplus());
   }
   for (uint32_t h = 0; h < layer.heads; ++h) {
-    if (!prefix_detail::load_head<kDim>(layer, rule, h, true, head)) return;
+    if (!load_head<kDim>(layer, rule, h, true, head)) return;
     prefix_detail::add_tails(head, shortest, h == 0);
   }
   if (threadIdx.x == 0) {
@@ -156,7 +127,7 @@ __device__ inline void drop_prefix(const RankItem& layer, const RankRule& rule) 
   __syncthreads();
   most = min(most, layer.shared->digit);
   for (uint32_t h = 0; h < layer.heads; ++h) {
-    if (!prefix_detail::load_head<kDim>(layer, rule, h, true, head)) return;
+    if (!load_head<kDim>(layer, rule, h, true, head)) return;
     keep_best(head.item, head.n, head.free, head.free - most);
     recode_dropped(head.item, rule, head.n);
     apply_fates<kDim>(head.item, rule, head.lane, head.n);

@@ -105,7 +105,7 @@ __device__ bool write_descriptor(const LaneView& lane, uint32_t index, const Pro
         .reserved0 = 0,
         .first_position = page.first,
         .last_position = page.first + page.count - 1,
-        .reserved1 = 0};
+        .marks = 0};
   if (!lane.scored()) return true;
   auto* scores = reinterpret_cast<uint4*>(score_row(lane, d, index));
   const uint32_t words = kSlotsPerPageMax * lane.score_bytes / 16;

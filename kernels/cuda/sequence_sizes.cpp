@@ -206,14 +206,13 @@ const char* rank_unsupported(const PolicyParams& policy) {
       case BudgetRule::kFixed:
       case BudgetRule::kPyramid:
       case BudgetRule::kBytes:
+      case BudgetRule::kSplit:
       case BudgetRule::kMaxDrop:
       case BudgetRule::kThreshold:
       case BudgetRule::kFirstFit:
         break;
       case BudgetRule::kGroups:
         return "budget.rule: groups runs on the host backend only so far";
-      case BudgetRule::kSplit:
-        return "budget.rule: split runs on the host backend only so far";
       case BudgetRule::kShared:
         return "budget.rule: shared runs on the host backend only so far";
     }

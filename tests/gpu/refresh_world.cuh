@@ -88,7 +88,7 @@ static __global__ void restore_kernel(const __grid_constant__ BatchView view,
                 .reserved0 = 0,
                 .first_position = position_in(p, 0),
                 .last_position = position_in(p, 31),
-                .reserved1 = 0};
+                .marks = 0};
   }
   lane.lane->pages = kWorldPages;
   lane.lane->live = kSegment;
