@@ -82,7 +82,7 @@ __device__ inline void mark_best(const LoadedHead& head, const RankRule& rule) {
 struct Distances {
   uint32_t* positions;  // of the head's rows
   uint32_t* distance;
-  uint32_t* bit;        // of the head in question
+  uint32_t* bit;  // of the head in question
   uint32_t n;
 };
 
@@ -95,8 +95,8 @@ __device__ inline void compare_bit(const RankItem& layer, const RankRule& rule, 
     to.bit[i] = row < others && is_marked(other, rows.place[row]) ? 1 : 0;
   }
   __syncthreads();
-  const uint32_t set = rank_detail::count_rows(*layer.shared, to.n,
-                                               [&](uint32_t i) { return to.bit[i] != 0; });
+  const uint32_t set =
+      rank_detail::count_rows(*layer.shared, to.n, [&](uint32_t i) { return to.bit[i] != 0; });
   const uint32_t anchor = anchor_bit(rule, layer.layer(), g, set, to.n) ? 1 : 0;
   for (uint32_t i = threadIdx.x; i < to.n; i += blockDim.x) {
     to.distance[i] += to.bit[i] != anchor ? 1 : 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <numeric>
@@ -48,9 +49,17 @@ uint32_t mixed(uint32_t planted, uint32_t lane, uint32_t position) {
 uint16_t planted_score(uint32_t planted, uint32_t lane, uint32_t position) {
   return fp16_from_float(static_cast<float>(mixed(planted, lane, position) >> 20) / 512.0f);
 }
-// Few values, so that sums of them are often the same.
+// Few values, so that sums of them are often the same, and every eighth token a heavy hitter.
 float planted_probability(uint32_t planted, uint32_t lane, uint32_t position) {
-  return static_cast<float>(mixed(planted, lane, position) >> 24 & 15u) / 7.0f;
+  const float light = static_cast<float>(mixed(planted, lane, position) >> 24 & 15u) / 7.0f;
+  return mixed(0, lane, position) >> 29 == 0 ? light + 200.0f : light;
+}
+
+// NaN, so that what reads the number of a slot that is not live shows.
+void poison_dead_slots(uint64_t live, unsigned char* row, uint32_t width) {
+  for (uint32_t slot = 0; slot < kSlotsPerPageMax; ++slot) {
+    if (((live >> slot) & 1u) == 0) std::memset(row + size_t{slot} * width, 0xFF, width);
+  }
 }
 
 // The number of a slot on the host, as its bits.
@@ -178,6 +187,7 @@ void TwinBatch::plant_in_lane(const Twin& t, uint32_t index, bool sums) {
   cuda::DeviceLane& l = reader.lane(index);
   for (uint32_t i = 0; i < l.pages; ++i) {
     const cuda::DeviceDescriptor& d = reader.descriptor(l, i);
+    poison_dead_slots(d.live, reader.scores(l, i), reader.header().score_bytes);
     for (uint64_t left = d.live; left != 0; left &= left - 1) {
       const auto slot = static_cast<uint32_t>(std::countr_zero(left));
       plant(reader.scores(l, i), slot,
