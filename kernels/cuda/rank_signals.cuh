@@ -120,6 +120,7 @@ __device__ inline void score_rows(const RankItem& item, const RankRule& rule, co
     for (uint32_t i = threadIdx.x; i < n && item.heads == 1; i += blockDim.x) {
       rows.attention[i] = rows.number[i];
     }
+    __syncthreads();  // other threads change the numbers next
     if (rule.attention != 0.0f) rank_detail::add_attention<kDim>(item, rule, lane, limit, n);
   }
   if (rule.similarity != 0.0f) add_similarity<kDim>(item, rule, lane, n);

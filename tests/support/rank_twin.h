@@ -85,6 +85,23 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
   return wrong.empty() ? compared(batch, "closed") : wrong;
 }
 
+// A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
+// wait for the first 64 steps have fired.
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens) {
+  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64},
+                   .capacity = 1,
+                   .extent_pages = 1024,
+                   .plant_scores = true});
+  batch.open(0, policy);
+  batch.prefill(0, tokens);
+  std::string wrong = compared(batch, "the prompt");
+  for (uint32_t i = 0; i < 66; ++i) batch.step();
+  if (wrong.empty()) wrong = compared(batch, "66 steps");
+  const uint64_t evicted = batch.twin(0)->host->stats().evicted_slots;
+  if (wrong.empty() && evicted == 0) wrong = "the rules did nothing";
+  return wrong;
+}
+
 inline Format any_format(TwinBatch& batch) {
   return static_cast<Format>(1 + batch.below(kFormatCount - 1));
 }

@@ -33,6 +33,23 @@ std::string name_of(const ::testing::TestParamInfo<const char*>& tested) {
 }
 INSTANTIATE_TEST_SUITE_P(Policies, CudaRank, ::testing::ValuesIn(testing::kRankPolicies), name_of);
 
+// More tokens than the kernel for few of them has room for.
+TEST(CudaRankLong, PromptsAgreeWithTheHost) {
+  for (const char* name : {"streaming-llm", "thinkv-ladder", "quantized-pruning", "dbudgetkv"}) {
+    const auto policy = testing::shipped_params(name, 300);
+    ASSERT_TRUE(policy.has_value());
+    EXPECT_EQ(testing::run_long_prompt(*policy, kRankRowsFew + 200), "") << name;
+  }
+}
+
+TEST(CudaRankLong, LanesThatNoBlockHoldsAreRefusedByTheirPages) {
+  const auto policy = testing::shipped_params("h2o", 64);
+  ASSERT_TRUE(policy.has_value());
+  const ModelGeometry g{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 256};
+  const uint32_t slots = page_layout(Format::kF16, 256).slots;
+  EXPECT_EQ(lane_pages_limit(g, *policy), (kRankRowsMax - 1) / slots);
+}
+
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {
   constexpr uint64_t kDraws = 100;
   const uint64_t first = testing::seed_from_environment(20251129);
