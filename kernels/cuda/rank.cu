@@ -8,6 +8,7 @@
 #include "kernels/cuda/rank_adaptive.cuh"
 #include "kernels/cuda/rank_apply.cuh"
 #include "kernels/cuda/rank_prefix.cuh"
+#include "kernels/cuda/rank_shared.cuh"
 #include "kernels/cuda/rank_signals.cuh"
 #include "kernels/cuda/rank_strata.cuh"
 
@@ -68,6 +69,10 @@ __device__ bool run_on_item(const RankItem& item, const RankRule& rule) {
     return true;
   }
   if (rule.budget == BudgetRule::kSplit) return keep_strata<kDim>(item, rule);
+  if (rule.budget == BudgetRule::kShared) {
+    share_layer<kDim>(item, rule);
+    return true;
+  }
   bool reached = true;
   for (uint32_t head = 0; head < item.heads; ++head) {
     reached = run_rule<kDim>(item.head(head), rule) && reached;

@@ -24,6 +24,7 @@ inline constexpr uint32_t kRankRowsFew = 1536;
 inline constexpr uint32_t kRankRowsMax = 6912;
 // Beside the rows: tiles of keys where a rule compares them, a number a row for max_drop.
 inline constexpr uint32_t kSimilarityTile = 32;
+inline constexpr uint32_t kSharedHeadsMax = 64;  // kv heads that may compete
 static_assert(kRankRowsMax * kRankRowBytes <= 150 * 1024, "163 KiB of an A100 less what is static");
 static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at 16 bytes");
 
@@ -43,7 +44,8 @@ static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at
   bool any = policy.grain == SelectGrain::kLayer;
   for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
     const BudgetRule budget = policy.rules[i].budget;
-    any = any || budget == BudgetRule::kMaxDrop || budget == BudgetRule::kSplit;
+    any = any || budget == BudgetRule::kMaxDrop || budget == BudgetRule::kSplit ||
+          budget == BudgetRule::kShared;
   }
   return any;
 }

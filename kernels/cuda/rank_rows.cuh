@@ -51,6 +51,9 @@ struct RankShared {
   uint32_t of_prompt;
   uint64_t least[2];  // of the tiers of DiffKV: the lowest row's key
   float sum;
+  uint64_t own[kSharedHeadsMax];  // of kShared, by head
+  uint32_t places[kSharedHeadsMax];
+  uint32_t taken;
   RowCounts counts;
   union {
     RecodeShared recode;

@@ -206,6 +206,7 @@ const char* rank_unsupported(const PolicyParams& policy) {
       case BudgetRule::kFixed:
       case BudgetRule::kPyramid:
       case BudgetRule::kBytes:
+      case BudgetRule::kShared:
       case BudgetRule::kSplit:
       case BudgetRule::kMaxDrop:
       case BudgetRule::kThreshold:
@@ -213,8 +214,6 @@ const char* rank_unsupported(const PolicyParams& policy) {
         break;
       case BudgetRule::kGroups:
         return "budget.rule: groups runs on the host backend only so far";
-      case BudgetRule::kShared:
-        return "budget.rule: shared runs on the host backend only so far";
     }
     if (rule.select == RankSelect::kMedoids) {
       return "select.rule: medoids runs on the host backend only so far";
@@ -235,6 +234,11 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
   if (policy.evict == EvictRule::kRank) {
     if (const char* const reason = rank_unsupported(policy)) {
       return make_error(kUnsupported, reason);
+    }
+    for (uint32_t i = 0; i < policy.rule_count; ++i) {
+      if (policy.rules[i].budget != BudgetRule::kShared) continue;
+      if (geometry.kv_heads <= kSharedHeadsMax) continue;
+      return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
     }
   }
   if (policy.entropy.on() || policy.tier.on()) {
