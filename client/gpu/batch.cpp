@@ -166,6 +166,13 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
                                              format_info(usual).v.bits == 2);
   }
   rotate_ = rotate;
+  const bool centred = sequence.policy().centre != 0;
+  if (centred && !centred_ && lse_read_) {
+    return make_error(kInvalidArgument,
+                      "this batch's steps were launched with an lse that knows no centred keys, "
+                      "which this sequence's policy has: open another batch for it");
+  }
+  centred_ = centred_ || centred;
   return {};
 }
 
@@ -420,7 +427,14 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
     p.score_reduce = score_reduce_;
   }
   const cuda::ContextScope context(engine_->gpu());
-  return GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend");
+  THINKV_TRY(
+      GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend"));
+  if (io.lse == nullptr) return {};
+  lse_read_ = true;
+  if (!centred_) return {};
+  return GpuEngine::launched(
+      engine_->kernels().centred_lse(view_, layer, io.q, io.q_element, io.lse, engine_->stream()),
+      "centred_lse");
 }
 
 Status GpuBatch::end() {

@@ -34,6 +34,7 @@ constexpr KernelTable kTable = {
     .append = call<cuda::launch_append, View, U32, const void*, const void*, cuda::Element>,
     .end = call<cuda::launch_end, View>,
     .attend = call<cuda::launch_attend, const cuda::AttendParams&, const cuda::AttendShape&>,
+    .centred_lse = call<cuda::launch_centred_lse, View, U32, const void*, cuda::Element, float*>,
     .attend_shape = cuda::attend_shape,
     .attend_part_floats = cuda::attend_part_floats,
     .emit_scratch_bytes = cuda::emit_scratch_bytes,

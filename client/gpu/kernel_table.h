@@ -38,6 +38,8 @@ struct KernelTable {
                 StreamHandle);
   int (*end)(const cuda::BatchView&, StreamHandle);
   int (*attend)(const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle);
+  int (*centred_lse)(const cuda::BatchView&, uint32_t layer, const void* q, cuda::Element,
+                     float* lse, StreamHandle);
 
   cuda::AttendShape (*attend_shape)(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
                                     bool two_bits);

@@ -3,9 +3,11 @@
 #include <array>
 #include <cstring>
 #include <filesystem>
+#include <string_view>
 
 #include "daemon/ops/placement_reader.h"
 #include "daemon/ops/rule_reader.h"
+#include "thinkv/internal/centring_check.h"
 #include "thinkv/internal/limits.h"
 
 namespace thinkv::ops {
@@ -22,6 +24,7 @@ constexpr std::array kFormatNames = {
     Choice<Format>{"kivi1", Format::kKivi1}, Choice<Format>{"pair2", Format::kPair2},
     Choice<Format>{"pair1", Format::kPair1}, Choice<Format>{"think", Format::kThink}};
 constexpr std::array kRotations = {Choice<uint8_t>{"hadamard", 1}, Choice<uint8_t>{"none", 0}};
+constexpr std::array kCentrings = {Choice<uint8_t>{"prompt", 1}, Choice<uint8_t>{"none", 0}};
 constexpr std::array kRules = {Choice<EvictRule>{"tbe", EvictRule::kTbe},
                                Choice<EvictRule>{"rank", EvictRule::kRank},
                                Choice<EvictRule>{"none", EvictRule::kNone}};
@@ -291,6 +294,13 @@ void read_name(MapReader* root, const std::string& file, PolicyParams* params) {
   }
 }
 
+void report(const PolicyProblem& problem, MapReader& root, Diagnostics* diagnostics) {
+  if (!problem.any()) return;
+  const std::string_view key = problem.key;
+  const YamlNode* node = root.node(key.substr(0, key.find('.')));
+  diagnostics->add(node == nullptr ? 0 : node->line, problem.key, problem.what);
+}
+
 }  // namespace
 
 std::span<const Choice<Format>> format_choices() {
@@ -312,6 +322,7 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   root.require("formats");
   root.choice<uint8_t>("rotation", kRotations, &params->rotate);
   root.require("rotation");
+  root.choice<uint8_t>("centring", kCentrings, &params->centre);
   MapReader sinks = root.child("sinks");
   sinks.integer32("tokens", {0, kSinksMax}, &params->sink_tokens);
   sinks.finish();
@@ -324,7 +335,13 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   read_rules(&root, params, diagnostics, keys);
   read_blocks(root.child("blocks"), params, keys != nullptr);
   root.integer32("kmeans_iterations", {1, 16}, &params->kmeans_iterations);
-  read_placement(&root, params, diagnostics, keys != nullptr);
+  const size_t before = diagnostics->lines().size();
+  read_placement(&root, params);
+  // What was misread would only be reported twice.
+  if (keys == nullptr && diagnostics->lines().size() == before) {
+    report(placement_problem(*params), root, diagnostics);
+    report(centring_problem(*params), root, diagnostics);
+  }
   root.finish();
 }
 

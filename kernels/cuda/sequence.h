@@ -65,9 +65,9 @@ struct Progress {
 // launch_append, which runs once a layer, has one read before it writes.
 struct TokenSite {
   uint64_t lane;  // address of the DeviceLane
-  uint64_t page;  // address of the buffer's page | kRotates | kSums | tokens in the buffer; 0: no
-                  // sequence
-  static constexpr uint64_t kSums = 32;  // the lane keeps fp32 sums
+  uint64_t page;  // address of the buffer's page | flags | tokens in the buffer; 0: no sequence
+  static constexpr uint64_t kSums = 64;  // the lane keeps fp32 sums
+  static constexpr uint64_t kCentred = 32;
   static constexpr uint64_t kRotates = 16;
   static constexpr uint64_t kTokens = 15;
 };
@@ -133,6 +133,10 @@ struct BatchView {
 [[nodiscard]] cudaError_t launch_prefill(const BatchView& view, uint32_t root, uint32_t layer,
                                          const void* k, const void* v, Element element,
                                          uint32_t tokens, cudaStream_t stream);
+// The centres of the layer's lanes, where the policy centres keys; launch_prefill calls it.
+[[nodiscard]] cudaError_t launch_centre(const BatchView& view, uint32_t root, uint32_t layer,
+                                        const void* k, Element element, uint32_t tokens,
+                                        cudaStream_t stream);
 // Rank rules of the prompt's end run here: they take at most prefill_end_pages(). Uses nothing of
 // the view that belongs to a step.
 [[nodiscard]] cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
@@ -161,6 +165,10 @@ struct BatchView {
 // k, v: [capacity, kv_heads, head_dim]; rows without a sequence are not read.
 [[nodiscard]] cudaError_t launch_append(const BatchView& view, uint32_t layer, const void* k,
                                         const void* v, Element element, cudaStream_t stream);
+// After launch_attend of a layer, where the engine reads its lse and a sequence has centred keys:
+// adds what their scores lack. q, lse: as launch_attend's.
+[[nodiscard]] cudaError_t launch_centred_lse(const BatchView& view, uint32_t layer, const void* q,
+                                             Element element, float* lse, cudaStream_t stream);
 [[nodiscard]] cudaError_t launch_end(const BatchView& view, cudaStream_t stream);
 
 // The numbers of one sequence, written to device-accessible memory (SequenceNumbers).

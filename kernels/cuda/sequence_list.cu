@@ -4,6 +4,7 @@
 // Tables change at the end of a step only, so the lists of all layers are made here at once, with
 // all the parallelism that there is. Three launches: a thread a lane finds and counts, a block a
 // layer adds up, a warp a lane lists.
+#include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rank_step.cuh"
@@ -87,10 +88,11 @@ __device__ uint32_t find_lane(const BatchView& view, const LaneView& lane, Token
   }
   const auto* page = page_at(view, lane.lane->buffer_page[count / kBufferPageSlots]);
   const uint64_t rotates = lane.sequence->policy.rotate != 0 ? TokenSite::kRotates : 0;
+  const uint64_t centred = is_centred(lane.sequence) ? TokenSite::kCentred : 0;
   const uint64_t sums = lane.score_bytes == 4 ? TokenSite::kSums : 0;
   if (page != nullptr) {
     site = {reinterpret_cast<uint64_t>(lane.lane),
-            reinterpret_cast<uint64_t>(page) | sums | rotates | count};
+            reinterpret_cast<uint64_t>(page) | sums | rotates | centred | count};
   }
   return lane.lane->pages + buffer_pages(count + 1);
 }

@@ -126,8 +126,8 @@ void keep_codebooks(SequenceState& state, uint32_t layer) {
 
 void code_prompt(SequenceState& state, uint32_t layer, const PromptRows& rows, uint32_t tokens) {
   code_layer(state, layer, tokens / kBlockTokens, [&](uint32_t head, uint32_t block) {
-    load_prompt(state, rows, head, block * kBlockTokens, kBlockTokens, state.k_rows.data(),
-                state.v_rows.data());
+    load_prompt(state, rows, state.lane_index(layer, head), block * kBlockTokens, kBlockTokens,
+                state.k_rows.data(), state.v_rows.data());
   });
 }
 

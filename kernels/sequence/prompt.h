@@ -27,9 +27,8 @@ struct PromptPlan {
   PromptRange tier;
 };
 
-// Tokens first .. first + count - 1 of one kv head to k, v [count, head_dim], rotated where the
-// policy rotates.
-void load_prompt(const SequenceState& state, const PromptRows& rows, uint32_t head, uint32_t first,
+// Tokens first .. first + count - 1 of a lane to k, v [count, head_dim], as the lane keeps them.
+void load_prompt(const SequenceState& state, const PromptRows& rows, uint32_t lane, uint32_t first,
                  uint32_t count, float* k, float* v);
 
 [[nodiscard]] PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t tokens);

@@ -23,7 +23,8 @@ void put_into_tier(SequenceState& state, uint32_t layer, const PromptRows& rows,
   const uint32_t dim = state.geometry.head_dim;
   std::vector<float> k(size_t{range.count} * dim), v(k.size());
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
-    load_prompt(state, rows, head, range.first, range.count, k.data(), v.data());
+    load_prompt(state, rows, state.lane_index(layer, head), range.first, range.count, k.data(),
+                v.data());
     state.tier[state.lane_index(layer, head)].put(state.store.wide, dim, range.first, k, v);
   }
   state.header->tier_tokens = range.count;

@@ -274,6 +274,32 @@ struct Bounds {
   double value, cosine, lse;
 };
 
+// What emission made of a lane's scores, or of its sums.
+inline void compare_scores(const AttendCase& c, const AttendInput& in, const AttendOutput& got,
+                           uint32_t lane, const LaneAnswer& want, Worst& worst) {
+  const Bounds bounds(c);
+  const bool scores = c.emits(lane) && (c.emit & (cuda::kEmitScores | cuda::kEmitSums)) != 0;
+  const uint32_t first = in.lane_begin[lane] * kSlotsPerPageMax;
+  for (uint32_t i = 0; i < want.probabilities.size(); ++i) {
+    const ImagePage& page = in.pages[(first + i) / kSlotsPerPageMax];
+    const bool touched = scores && ((page.live >> (i % kSlotsPerPageMax)) & 1) != 0;
+    const bool sums = c.score_halves() == 2;
+    const size_t at = size_t{first + i} * c.score_halves(), bytes = 2 * c.score_halves();
+    if (!touched) {
+      if (std::memcmp(&in.scores[at], &got.scores[at], bytes) != 0) worst.score = INFINITY;
+      continue;
+    }
+    const double probability = double{want.probabilities[i]};
+    const double expected =
+        sums ? double{sum_at(in.scores, at)} + probability
+             : double{fp16_to_float(kernels::add_score(in.scores[at], want.probabilities[i]))};
+    const float after = sums ? sum_at(got.scores, at) : fp16_to_float(got.scores[at]);
+    const double step = sums ? 0x1p-22 : 0x1p-10;  // of what the number can hold
+    const double bound = step * std::max(1.0, expected) + (bounds.lse + 6e-3) * probability;
+    Worst::raise(worst.score, std::abs(double{after} - expected) / bound);
+  }
+}
+
 inline void compare_lane(const AttendCase& c, const AttendInput& in, const AttendOutput& got,
                          uint32_t lane, Worst& worst) {
   const LaneAnswer want = ask_oracle(c, in, lane);
@@ -306,26 +332,7 @@ inline void compare_lane(const AttendCase& c, const AttendInput& in, const Atten
   } else if (sparsity.live != 77 || sparsity.near_zero != 77) {
     worst.sparsity = INFINITY;  // written where nobody asked
   }
-  const bool scores = c.emits(lane) && (c.emit & (cuda::kEmitScores | cuda::kEmitSums)) != 0;
-  const uint32_t first = in.lane_begin[lane] * kSlotsPerPageMax;
-  for (uint32_t i = 0; i < want.probabilities.size(); ++i) {
-    const ImagePage& page = in.pages[(first + i) / kSlotsPerPageMax];
-    const bool touched = scores && ((page.live >> (i % kSlotsPerPageMax)) & 1) != 0;
-    const bool sums = c.score_halves() == 2;
-    const size_t at = size_t{first + i} * c.score_halves(), bytes = 2 * c.score_halves();
-    if (!touched) {
-      if (std::memcmp(&in.scores[at], &got.scores[at], bytes) != 0) worst.score = INFINITY;
-      continue;
-    }
-    const double probability = double{want.probabilities[i]};
-    const double expected =
-        sums ? double{sum_at(in.scores, at)} + probability
-             : double{fp16_to_float(kernels::add_score(in.scores[at], want.probabilities[i]))};
-    const float after = sums ? sum_at(got.scores, at) : fp16_to_float(got.scores[at]);
-    const double step = sums ? 0x1p-22 : 0x1p-10;  // of what the number can hold
-    const double bound = step * std::max(1.0, expected) + (bounds.lse + 6e-3) * probability;
-    Worst::raise(worst.score, std::abs(double{after} - expected) / bound);
-  }
+  compare_scores(c, in, got, lane, want, worst);
 }
 
 [[nodiscard]] inline Worst compare(const AttendCase& c, const AttendInput& in,

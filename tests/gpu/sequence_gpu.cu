@@ -56,6 +56,8 @@ bool check_format(Format format, uint32_t dim, ValueType type, Element element, 
                    .wild = !rotate});
   PolicyParams policy = plain_policy(format);
   policy.rotate = rotate ? 1 : 0;
+  // Without NaN: machines differ in what one is less a number.
+  policy.centre = rotate && (dim / 64 + static_cast<uint32_t>(format)) % 2 == 0 ? 1 : 0;
   policy.sink_tokens = 5;
   policy.sink_format = Format::kF16;
   batch.open(2, policy);

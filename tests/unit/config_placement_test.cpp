@@ -81,6 +81,8 @@ TEST(Placement, EachRefusalNamesItsKeyAndTheReason) {
        "p.yaml:2: formats: must all be f16 with entropy: blocks are coded from 16-bit pages, once"},
       {kWide + kEntropy + kTier,
        "p.yaml:7: tier: and entropy do not go together: one place for old tokens"},
+      {kWide + kTier + "centring: prompt\n",
+       "p.yaml:7: centring: does not go with entropy or tier: their keys come back bit by bit"},
       {kWide + "tier: {fetch: 8}\n", "p.yaml:6: tier.host_bytes: must be given"},
       {narrow + kTier,
        "p.yaml:2: formats: must all be f16 with tier: rows come back bit by bit as they were"},

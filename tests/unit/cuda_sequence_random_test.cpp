@@ -30,6 +30,7 @@ PolicyParams any_policy(TwinBatch& batch) {
   p.sink_format = any_format(batch);
   for (Format& f : p.thought_format) f = any_format(batch);
   p.rotate = batch.below(2) == 0 ? 0 : 1;
+  p.centre = batch.below(3) == 0 ? 1 : 0;
   p.sink_tokens = batch.below(3) * batch.below(24);
   p.segment_tokens = 16 * (1 + batch.below(6));
   p.score_every = static_cast<uint16_t>(1 + batch.below(3));
