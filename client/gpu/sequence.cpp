@@ -104,7 +104,7 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
       pages_for(geometry, policy_.prompt_format, tokens);
   const KernelTable& kernels = engine_->kernels();
   if (lane_pages > kernels.lane_pages_limit(geometry, policy_)) {
-    return describe(kUnsupported, "a lane of %u pages is more than a table on the GPU holds (%u)",
+    return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
                     lane_pages, kernels.lane_pages_limit(geometry, policy_));
   }
   const auto lock = engine_->lock();
