@@ -34,6 +34,7 @@ const char* fault_text(uint32_t faults) {
   if ((faults & cuda::kListFull) != 0) {
     return "a batch's page list was too small: attention missed tokens (raise tokens_max)";
   }
+  if ((faults & cuda::kRowsFull) != 0) return "a lane held more tokens than rank rules take";
   if ((faults & cuda::kBadMetadata) != 0) return "the metadata of a sequence is damaged";
   return "the page lease on the GPU overflowed";
 }
@@ -276,7 +277,7 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
     uint32_t lane_pages = sequence->lane_pages();
     for (uint32_t i = 0; i < steps; ++i) {
       const uint32_t step = sequence->step_pages(i, lane_pages);
-      if (step > 0) lane_pages += GpuSequence::kLanePagesPerFlush;
+      lane_pages += sequence->lane_pages_of(step);
       pages.taken += step;
     }
     const uint32_t limit =

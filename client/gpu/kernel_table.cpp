@@ -40,6 +40,7 @@ constexpr KernelTable kTable = {
     .emit_scratch_bytes = cuda::emit_scratch_bytes,
     .open_pages = cuda::open_pages,
     .prefill_pages = cuda::prefill_pages,
+    .prefill_end_pages = cuda::prefill_end_pages,
     .step_pages = cuda::step_pages,
     .recode_pages = cuda::recode_pages,
     .supported = cuda::supported,

@@ -30,14 +30,17 @@ struct Place {
   uint32_t count;  // tokens in the buffer before
   bool rotates;
   bool centred;
+  bool sums;  // fp32 instead of fp16
 
   __device__ __forceinline__ explicit Place(const TokenSite& site)
       : page(reinterpret_cast<unsigned char*>(
-            site.page & ~(TokenSite::kCentred | TokenSite::kRotates | TokenSite::kTokens))),
+            site.page &
+            ~(TokenSite::kSums | TokenSite::kCentred | TokenSite::kRotates | TokenSite::kTokens))),
         lane(reinterpret_cast<DeviceLane*>(site.lane)),
         count(static_cast<uint32_t>(site.page & TokenSite::kTokens)),
         rotates((site.page & TokenSite::kRotates) != 0),
-        centred((site.page & TokenSite::kCentred) != 0) {}
+        centred((site.page & TokenSite::kCentred) != 0),
+        sums((site.page & TokenSite::kSums) != 0) {}
   [[nodiscard]] __device__ __forceinline__ uint32_t slot() const {
     return count % kBufferPageSlots;
   }
@@ -81,7 +84,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (!counts) return;
   *reinterpret_cast<uint32_t*>(place.page + shape.position_offset + place.slot() * kPositionBytes) =
       view.positions[row / view.geometry.kv_heads];
-  place.lane->buffer_score[place.count] = 0;
+  if (place.sums) {
+    place.lane->buffer_sum[place.count] = 0.0f;
+  } else {
+    place.lane->buffer_score[place.count] = 0;
+  }
   place.lane->buffer_count = place.count + 1;
   place.lane->live = live + 1;
 }

@@ -106,10 +106,11 @@ __device__ bool write_descriptor(const LaneView& lane, uint32_t index, const Pro
         .reserved0 = 0,
         .first_position = page.first,
         .last_position = page.first + page.count - 1,
-        .reserved1 = 0};
-  if (!lane.scored) return true;
-  auto* scores = reinterpret_cast<uint4*>(scores_of(lane, d, index));
-  for (uint32_t i = 0; i < score_row_bytes() / 16; ++i) scores[i] = make_uint4(0, 0, 0, 0);
+        .marks = 0};
+  if (!lane.scored()) return true;
+  auto* scores = reinterpret_cast<uint4*>(score_row(lane, d, index));
+  const uint32_t words = kSlotsPerPageMax * lane.score_bytes / 16;
+  for (uint32_t i = 0; i < words; ++i) scores[i] = make_uint4(0, 0, 0, 0);
   return true;
 }
 

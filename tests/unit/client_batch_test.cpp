@@ -74,6 +74,7 @@ const KernelTable kIdleKernels = {
     .emit_scratch_bytes = [](uint64_t, uint32_t) { return uint64_t{64}; },
     .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
     .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
+    .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
     // Every step flushes: the bound of a lane grows by two pages a step.
     .step_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, uint32_t,
                      uint32_t) { return 1u; },
