@@ -178,12 +178,13 @@ class Rows(unittest.TestCase):
 
     def key(self, **changes) -> str:
         values = {"policy": policy(), "text": self.text, "mode": "short", "point": 0.25,
-                  "library": "a", **changes}
+                  "library": "a", "tile": 32, **changes}
         return key_of(**values)
 
     def test_what_decides_a_row_is_in_its_key(self) -> None:
         keys = [self.key(), self.key(policy=policy(text=EVICTING + "# other\n")),
                 self.key(point=0.12), self.key(mode="long"), self.key(library="b"),
+                self.key(tile=12),
                 self.key(text=texts.Text("prose", "held-out", list(range(200)), frozenset()))]
         self.assertEqual(len(set(keys)), len(keys))
         self.assertEqual(self.key(), self.key())
@@ -239,7 +240,7 @@ class Task(unittest.TestCase):
         def replay(config, found, prompt, runs, tick):
             return [task.Replayed(int(size(run)), np.ones(2), 5.0) for run in runs]
 
-        def force(model, found, answers, prompt, runs, tick):
+        def force(model, found, answers, prompt, runs, tick, tile):
             quality = scores.Quality(10, 0.5, 0.6, 0.9, 3.0, 2.0, None, None)
             stats = {"live_tokens": 9.0, "evicted_tokens": 1.0}
             return [task.Forced(quality, int(over * size(run)), 1, 1.0, stats) for run in runs]

@@ -36,14 +36,14 @@ def for_batches(weights: Weights) -> Weights:
 
 
 class TiledCache:
-    """A cache of up to TILE_ROWS sequences as the model sees it: with idle rows up to a tile."""
+    """A cache of up to `rows` sequences as the model sees it: with idle rows up to a tile."""
 
-    def __init__(self, cache: Cache, sequences: int) -> None:
+    def __init__(self, cache: Cache, sequences: int, rows: int = TILE_ROWS) -> None:
         self._cache = cache
-        if not 0 < sequences <= TILE_ROWS:
-            raise ValueError(f"TiledCache: 1 to {TILE_ROWS} sequences, not {sequences}")
+        if not 0 < sequences <= rows:
+            raise ValueError(f"TiledCache: 1 to {rows} sequences, not {sequences}")
         self.sequences = sequences
-        self.rows = TILE_ROWS
+        self.rows = rows
         self.prefill = cache.prefill
         self.prefill_end = cache.prefill_end
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from engine.batch import TiledCache
+from engine.batch import TILE_ROWS, TiledCache
 from engine.caches import PoolCache
 from engine.model import Model
 
@@ -32,9 +32,10 @@ def force(
     prompt: int,
     runs: list[Run],
     tick: Callable[[int], None] = lambda steps: None,
+    tile: int = TILE_ROWS,
 ) -> list[Forced]:
-    """One result a run. answers: indices of tokens that answer questions about the text. tick:
-    called with run-steps as they are done."""
+    """One result a run, `tile` runs at most. answers: indices of tokens that answer questions about
+    the text. tick: called with run-steps as they are done."""
     tokens = reference.tokens
     total = len(tokens)
     if not 0 < prompt < total:
@@ -44,7 +45,7 @@ def force(
     options = [run.sequence() for run in runs]
     with open_pool(model.config, runs) as pool, PoolCache(pool, *options) as cache:
         fill(cache, reference, prompt)
-        tiled = TiledCache(cache, len(runs))
+        tiled = TiledCache(cache, len(runs), tile)
         sizes = Bytes(cache)
         for index in range(prompt, total):
             logits = model.step_batch([tokens[index]] * tiled.rows, tiled)[: len(runs)]

@@ -16,7 +16,7 @@ import time
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
-from engine.batch import for_batches
+from engine.batch import TILE_ROWS, for_batches
 from engine.gguf_weights import ModelFile, find_model
 from engine.model import Model
 from engine.tokenizer import Tokenizer
@@ -34,6 +34,8 @@ QUICK_POLICIES = ["full-f16", "k4v4-only", "thinkv", "thinkv-paper"]
 QUICK_TOKENS = 448
 QUICK_POINTS = [FULL, 0.25]
 PROGRESS_S = 5.0
+# With more processes a first stage of one text leaves most of them idle.
+PILOTED_JOBS_MAX = 8
 
 # Set before the workers are forked: they share the weights' memory.
 _model: Model
@@ -66,13 +68,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--batch", type=int, default=BATCH, help="runs in one task, so many are "
                         "lost by a kill at most (default 32: one step's)")
+    parser.add_argument("--tile", type=int, default=TILE_ROWS, help="rows of one product, idle "
+                        f"ones included (default {TILE_ROWS}: the most tokens a second of CPU; 12 "
+                        "ends sooner on dozens of cores; rows of two tiles differ in the last bit)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that still hold")
     parser.add_argument("--rows", type=pathlib.Path, default=ROWS, help="the rows as they are "
                         "found (default build/eval/rows.jsonl)")
     parser.add_argument("--json", type=pathlib.Path, help="the table; Markdown and plots beside it")
     options = parser.parse_args(arguments)
-    if options.jobs < 1 or options.batch < 1:
-        parser.error("--jobs and --batch must be at least 1")
+    if options.jobs < 1 or options.batch < 1 or options.tile < 1:
+        parser.error("--jobs, --batch and --tile must be at least 1")
     return options
 
 
@@ -101,26 +106,27 @@ def _texts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[texts.Text
 
 def plan(
     chosen: list[texts.Text], modes: list[str], policies: list[Policy], points: list[float],
-    batch: int, store: Store, piloted: bool = True,
+    batch: int, store: Store, piloted: bool = True, tile: int = TILE_ROWS,
 ) -> list[list[Task]]:
     """Two stages of tasks without those whose rows are there: the first text finds the settings
-    that the searches on the other texts begin with. piloted False: all texts at once."""
+    that the searches on the other texts begin with. piloted False: all texts at once. In a stage
+    the longest tasks come first."""
     size = max(1, batch // max(1, len(points) - (FULL in points)))
     stages: list[list[Task]] = [[], []]
     for order, text in enumerate(chosen):
         for mode in modes:
             wanted = [policy for policy in policies if any(
                 key not in store
-                for key in Task(text, mode, [policy], points, library_digest()).keys())]
+                for key in Task(text, mode, [policy], points, library_digest(), tile).keys())]
             stages[min(order, 1) if piloted else 0] += [
-                Task(text, mode, wanted[first : first + size], points, library_digest())
+                Task(text, mode, wanted[first : first + size], points, library_digest(), tile)
                 for first in range(0, len(wanted), size)]
-    return stages
+    return [sorted(stage, key=lambda task: -_steps(task, piloted)) for stage in stages]
 
 
 def with_guesses(task: Task, pilot: texts.Text, store: Store) -> None:
     for policy in task.policies:
-        own = Task(pilot, task.mode, [policy], task.points, task.library)
+        own = Task(pilot, task.mode, [policy], task.points, task.library, task.tile)
         for point, key in zip(points_of(policy, task.points), own.keys()):
             row = store.get(key)
             if row is not None and row["reached"]:
@@ -186,12 +192,13 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         raise ValueError("no text is left")
     store = Store(options.rows, options.resume)
-    stages = plan(chosen, modes, policies, points, options.batch, store, not options.quick)
+    piloted = not options.quick and options.jobs <= PILOTED_JOBS_MAX
+    stages = plan(chosen, modes, policies, points, options.batch, store, piloted, options.tile)
     _model = Model(for_batches(file.weights()))
     _done = multiprocessing.get_context("fork").Value("q", 0)
     carry_out(stages, options.jobs, chosen[0], store)
     rows = [store.get(key) for text in chosen for mode in modes
-            for key in Task(text, mode, policies, points, library_digest()).keys()]
+            for key in Task(text, mode, policies, points, library_digest(), options.tile).keys()]
     found = [row for row in rows if row is not None]
     print(table.markdown(found))
     if options.json:

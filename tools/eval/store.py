@@ -28,9 +28,11 @@ def library_digest() -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(file)
 
 
-def key_of(policy: Policy, text: Text, mode: str, point: float, library: str) -> str:
+def key_of(
+    policy: Policy, text: Text, mode: str, point: float, library: str, tile: int
+) -> str:
     parts = [VERSION, policy.name, policy.text, text.name, text.split, text.tokens,
-             sorted(text.answers), text.prompt(mode), mode, point, library]
+             sorted(text.answers), text.prompt(mode), mode, point, library, tile]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -36,11 +36,12 @@ class Task:
     policies: list[Policy]
     points: list[float]  # shares of the bytes of a 16-bit cache, FULL among them or not
     library: str  # digest
+    tile: int = TILE_ROWS  # rows of a forced batch, idle ones included
     # Settings that met the points on another text, as shares of that text's tokens.
     guesses: dict[tuple[str, float], float] = dataclasses.field(default_factory=dict)
 
     def keys(self) -> list[str]:
-        return [key_of(policy, self.text, self.mode, point, self.library)
+        return [key_of(policy, self.text, self.mode, point, self.library, self.tile)
                 for policy in self.policies for point in points_of(policy, self.points)]
 
 
@@ -121,11 +122,11 @@ class Judge:
         for _ in range(1 + RETRIES):
             needed = sorted({(name, index) for (name, _), index in chosen.items()
                              if index is not None and (name, index) not in forced})
-            for first in range(0, len(needed), TILE_ROWS):
-                part = needed[first : first + TILE_ROWS]
+            for first in range(0, len(needed), self._task.tile):
+                part = needed[first : first + self._task.tile]
                 runs = [self._run(by_name[name], index) for name, index in part]
                 found = force(self._model, self._reference, self._task.text.answers, self._prompt,
-                              runs, self._tick)
+                              runs, self._tick, self._task.tile)
                 forced.update(zip(part, found))
             over = [each for each, index in chosen.items()
                     if index is not None
@@ -154,7 +155,7 @@ class Judge:
             "prompt": task.mode, "memory_fraction": point, "reached": index is not None,
             "bytes_f16": self._bytes_f16, "bytes_target": int(point * self._bytes_f16),
             "tokens": len(task.text.tokens), "prompt_tokens": self._prompt,
-            "key": key_of(policy, task.text, task.mode, point, task.library),
+            "key": key_of(policy, task.text, task.mode, point, task.library, task.tile),
         }
         if index is None or (policy.name, index) not in forced:
             return {**row, "reached": False, "bytes": int(knob.search.least()),
