@@ -62,6 +62,8 @@ class GpuBatch {
   [[nodiscard]] Status attend(uint32_t layer, const Attend& io);
   [[nodiscard]] Status end();
 
+  // Steps that were reserved and that the GPU did not report yet: they may still have to run.
+  [[nodiscard]] uint64_t unreported_steps() const { return reserved_steps_ - reported_steps_; }
   // Live slots over all lanes and rows at the last step that the GPU reported.
   [[nodiscard]] uint64_t live_slots() const;
 

@@ -99,14 +99,21 @@ struct BatchView {
 // An upper bound of what launch_prefill of one layer takes.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                      uint32_t tokens);
-// An upper bound of what launch_prefill_end takes.
+// An upper bound of what launch_prefill_end takes. budget: as launch_open's.
 [[nodiscard]] uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                         uint32_t tokens);
-// An upper bound of what one step takes for one sequence that has `prompt` prompt tokens and
-// `generated` tokens before the step; 0 for most steps. lane_pages_max: an upper bound of the pages
-// of any of its lanes before the step.
+                                         uint32_t budget, uint32_t tokens);
+// A sequence before a step, as the host knows it.
+struct StepSequence {
+  uint32_t prompt;            // tokens
+  uint32_t generated;         // tokens
+  uint32_t lane_pages_max;    // an upper bound of the pages of any of its lanes
+  uint32_t budget = 0;        // as launch_open's
+  uint32_t settled_from = 0;  // the first end of a step (0: of the prompt) after the client last
+                              // recoded tokens or set a budget: rules bound what they leave then on
+};
+// An upper bound of what one step takes for one sequence; 0 for most steps.
 [[nodiscard]] uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                  uint32_t prompt, uint32_t generated, uint32_t lane_pages_max);
+                                  const StepSequence& sequence);
 // An upper bound of what launch_recode takes.
 [[nodiscard]] uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                     uint32_t lane_pages_max, Format format);

@@ -50,6 +50,30 @@ TEST(CudaRankLong, LanesThatNoBlockHoldsAreRefusedByTheirPages) {
   EXPECT_EQ(lane_pages_limit(g, *policy), (kRankRowsMax - 1) / slots);
 }
 
+// What a rule kept at its last firing and what came since, not the whole lane.
+TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
+  const auto policy = testing::shipped_params("thinkv-ladder", 1024);
+  ASSERT_TRUE(policy.has_value());
+  const ModelGeometry g{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
+  const uint32_t wide = page_layout(Format::kK8V4, 128).slots;
+  const uint32_t slots = page_layout(Format::kK4V4, 128).slots;
+  const auto up = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
+  StepSequence s{.prompt = 4096, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
+  const uint32_t tables = 2, flush = up(16, wide);
+  // A tenth of the budget, the 16 tokens since step 64, and 16 that a buffer could hold.
+  const uint32_t settled = up(102 + 16 + 16, slots), unsettled = up(1024, slots);
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + settled + tables));
+  s.settled_from = 80;  // a client recoded: only what the first rule leaves is known
+  EXPECT_GE(step_pages(g, *policy, s), g.lanes() * (flush + unsettled));
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + unsettled + 2 * tables));
+  s.budget = kRankBudgetNone;
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + 1)) << "nothing is over no budget";
+  EXPECT_EQ(prefill_end_pages(g, *policy, 1024, 4096), 0u) << "the rules wait for queries";
+  PolicyParams p = *policy;
+  for (RankRule& rule : p.rules) rule.attention = 0.0f, rule.position = 1.0f, rule.value_norm = 0;
+  EXPECT_LE(prefill_end_pages(g, p, 1024, 32768), 2 * g.lanes() * up(1024, slots));
+}
+
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {
   constexpr uint64_t kDraws = 100;
   const uint64_t first = testing::seed_from_environment(20251129);
