@@ -111,6 +111,8 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   }
   const auto lock = engine_->lock();
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
+  THINKV_TRY(
+      engine_->make_rank_memory(kernels.rank_memory_tokens(geometry, policy_, lane_pages, tokens)));
   THINKV_TRY(engine_->promise(kernels.prefill_pages(geometry, policy_, tokens)));
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(kernels.prefill(engine_->view(), root_.raw(), layer, k, v, element,

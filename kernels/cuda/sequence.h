@@ -72,6 +72,14 @@ struct TokenSite {
   static constexpr uint64_t kTokens = 15;
 };
 
+// Working memory of rank rules for lanes that have no room in a block, in device memory: the host
+// changes it between launches, so what was captured in a graph finds the newest.
+struct RankMemory {
+  unsigned char* rows;  // [blocks, rank_region_bytes(room)] (rank.h)
+  uint32_t room;        // tokens of a lane
+  uint32_t blocks;      // 0: there is no memory
+};
+
 // What all kernels of one model's batch share. Passed by value; all pointers are device pointers.
 struct BatchView {
   PoolView pool;
@@ -81,6 +89,7 @@ struct BatchView {
   uint32_t pages_max;     // of one layer's page list
   Lease* lease;
   Progress* progress;
+  const RankMemory* rank_memory;
 
   // Working memory of a step.
   uint32_t* positions;     // [capacity] of this step's token
@@ -119,7 +128,18 @@ struct StepSequence {
                                     uint32_t lane_pages_max, Format format);
 // Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
 [[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
-// Pages that one lane's table can hold.
+// Tokens of a lane that RankMemory has to have room for before the policy's rules see a lane of
+// `pages` pages and `tokens` tokens; 0: a block has room.
+[[nodiscard]] uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
+                                          uint32_t pages, uint64_t tokens);
+// What RankMemory is made of for lanes of so many tokens: the more blocks the faster.
+struct RankMemoryShape {
+  uint32_t room;
+  uint32_t blocks;
+  uint64_t bytes;
+};
+[[nodiscard]] RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors);
+// Pages that one lane's table can hold, or fewer where rules compare all keys with each other.
 [[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy);
 
 // ---- launches; each returns cudaSuccess or a launch error ----

@@ -143,17 +143,13 @@ uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
 
 namespace {
 
-// Rules read rows of lanes: all but those of a policy that never has a budget.
+// Rules read rows of lanes.
 bool ranks_rows(const PolicyParams& policy) {
-  return policy.evict == EvictRule::kRank;
+  return policy.evict == EvictRule::kRank && policy.rule_count > 0;
 }
 
-}  // namespace
-
-uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
-  const uint32_t held = kTablePagesMax * per_table(geometry, policy);
-  if (!ranks_rows(policy)) return held;
-  // Rules rank the tokens of a lane in the memory of a block.
+// The most slots that a page of a lane can have.
+uint32_t most_slots(const ModelGeometry& geometry, const PolicyParams& policy) {
   uint32_t slots = slots_of(geometry, policy.prompt_format);
   slots = std::max<uint32_t>(slots, slots_of(geometry, policy.sink_format));
   for (const Format format : policy.thought_format) {
@@ -163,7 +159,35 @@ uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& pol
     if (policy.rules[i].action != RankAction::kRecode) continue;
     slots = std::max(slots, slots_of(geometry, policy.rules[i].recode_format));
   }
-  return std::min(held, (rank_rows_max(policy, geometry.head_dim) - 1) / slots);
+  return slots;
+}
+
+}  // namespace
+
+uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
+  const uint32_t held = kTablePagesMax * per_table(geometry, policy);
+  if (!ranks_rows(policy)) return held;
+  // Keys are compared with each other in the memory of a block alone.
+  const uint32_t slots = most_slots(geometry, policy);
+  const uint32_t rows =
+      compares_keys(policy) ? rank_rows_max(policy, geometry.head_dim) : 1u << kRankRowBits;
+  return std::min(held, (rows - 1) / slots);
+}
+
+uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
+                            uint32_t pages, uint64_t tokens) {
+  if (!ranks_rows(policy) || compares_keys(policy)) return 0;
+  const uint64_t live =
+      std::min(tokens, uint64_t{pages} * most_slots(geometry, policy) + kBufferTokens);
+  return live < rank_rows_max(policy, geometry.head_dim) ? 0 : live;
+}
+
+RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors) {
+  constexpr uint64_t kStep = 8192, kBytesMax = 256ull << 20;
+  const uint64_t room = std::min((tokens / kStep + 1) * kStep, uint64_t{1} << kRankRowBits);
+  const uint64_t each = rank_region_bytes(static_cast<uint32_t>(room));
+  const uint64_t blocks = std::clamp<uint64_t>(kBytesMax / each, 1, std::max(multiprocessors, 1u));
+  return {static_cast<uint32_t>(room), static_cast<uint32_t>(blocks), blocks * each};
 }
 
 const char* rank_unsupported(const PolicyParams& policy) {
@@ -203,9 +227,14 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
       return make_error(kUnsupported, reason);
     }
     for (uint32_t i = 0; i < policy.rule_count; ++i) {
-      if (policy.rules[i].budget != BudgetRule::kShared) continue;
-      if (geometry.kv_heads <= kSharedHeadsMax) continue;
-      return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
+      const BudgetRule budget = policy.rules[i].budget;
+      if (geometry.kv_heads <= kSharedHeadsMax) break;
+      if (budget == BudgetRule::kShared) {
+        return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
+      }
+      if (budget == BudgetRule::kSplit) {
+        return make_error(kUnsupported, "budget.rule: split takes at most 64 kv heads on a GPU");
+      }
     }
   }
   if (policy.entropy.on() || policy.tier.on()) {

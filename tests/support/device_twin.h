@@ -75,6 +75,7 @@ class TwinBatch {
     uint32_t capacity = 1;
     uint32_t extent_pages = 512;
     uint64_t seed = 1;
+    uint32_t rank_tokens = 0;   // of the longest lane that rank rules see
     bool plant_scores = false;  // what attention would have added, on both sides
     bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
   };
@@ -85,7 +86,8 @@ class TwinBatch {
                .extents = 3,
                .extent_pages = o.extent_pages,
                .list_pages = 3 * o.extent_pages,
-               .seed = o.seed}),
+               .seed = o.seed,
+               .rank_tokens = o.rank_tokens}),
         host_pool_({.head_dim = o.geometry.head_dim,
                     .capacity = 3 * o.extent_pages,
                     .shuffle_seed = o.seed | 1}),

@@ -89,17 +89,18 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
 }
 
 // A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
-// wait for the first 64 steps have fired.
-inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens) {
-  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64},
+// wait for the first steps have fired.
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64) {
+  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
                    .capacity = 1,
-                   .extent_pages = 1024,
+                   .extent_pages = 1024 + tokens / 8,
+                   .rank_tokens = tokens + 128,
                    .plant_scores = true});
   batch.open(0, policy);
   batch.prefill(0, tokens);
   std::string wrong = compared(batch, "the prompt");
-  for (uint32_t i = 0; i < 66; ++i) batch.step();
-  if (wrong.empty()) wrong = compared(batch, "66 steps");
+  for (uint32_t i = 0; i < policy.score_window + 2u; ++i) batch.step();
+  if (wrong.empty()) wrong = compared(batch, "the first window");
   const uint64_t evicted = batch.twin(0)->host->stats().evicted_slots;
   if (wrong.empty() && evicted == 0) wrong = "the rules did nothing";
   return wrong;

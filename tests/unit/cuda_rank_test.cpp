@@ -42,12 +42,30 @@ TEST(CudaRankLong, PromptsAgreeWithTheHost) {
   }
 }
 
-TEST(CudaRankLong, LanesThatNoBlockHoldsAreRefusedByTheirPages) {
-  const auto policy = testing::shipped_params("h2o", 64);
+// More than a block has room for: rows lie in RankMemory.
+TEST(CudaRankLong, PromptsBeyondABlockAgreeWithTheHost) {
+  for (const char* name : {"h2o", "thinkv-ladder", "fastgen", "dbudgetkv", "kvcrush"}) {
+    auto policy = testing::shipped_params(name, 300);
+    ASSERT_TRUE(policy.has_value());
+    policy->score_window = std::min<uint16_t>(policy->score_window, 16);
+    const uint32_t tokens = kRankRowsMax + 200;
+    const ModelGeometry g{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 128};
+    ASSERT_GT(rank_memory_tokens(g, *policy, 4096, tokens), 0u);
+    EXPECT_EQ(testing::run_long_prompt(*policy, tokens, 128), "") << name;
+  }
+}
+
+TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
+  const auto policy = testing::shipped_params("r-kv", 64);
   ASSERT_TRUE(policy.has_value());
   const ModelGeometry g{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 256};
   const uint32_t slots = page_layout(Format::kF16, 256).slots;
-  EXPECT_EQ(lane_pages_limit(g, *policy), (kRankRowsMax - 1) / slots);
+  EXPECT_EQ(lane_pages_limit(g, *policy), (rank_rows_max(*policy, 256) - 1) / slots);
+  EXPECT_EQ(rank_memory_tokens(g, *policy, 1u << 20, 1u << 20), 0u) << "no memory helps";
+  const auto other = testing::shipped_params("thinkv-ladder", 64);
+  ASSERT_TRUE(other.has_value());
+  const ModelGeometry usual{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
+  EXPECT_GE(lane_pages_limit(usual, *other) * page_layout(Format::kK8V4, 128).slots, 32768u);
 }
 
 // What a rule kept at its last firing and what came since, not the whole lane.
