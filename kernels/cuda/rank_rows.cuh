@@ -47,6 +47,15 @@ struct RankRows {
           .map_words = room};
 }
 
+// Tokens that go to another format at a time.
+inline constexpr uint32_t kRankRecodeMax = 256;
+struct RankRecode {
+  uint32_t from[kRankRecodeMax];  // descriptor << 6 | slot
+  uint32_t positions[kRankRecodeMax];
+  uint32_t scores[kRankRecodeMax];
+  SlotPlace places[kRankRecodeMax];
+};
+
 // Static shared memory of a block.
 struct RankShared {
   uint32_t bins[256];
@@ -60,7 +69,7 @@ struct RankShared {
   uint32_t taken;
   RowCounts counts;
   union {
-    RecodeShared recode;
+    RankRecode recode;
     CompactShared compact;
   };
 };
