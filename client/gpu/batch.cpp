@@ -287,6 +287,10 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
                       "a lane cannot hold more than %u pages: evict or use fewer bits", limit);
     }
     pages.listed += heads * (lane_pages + 2);
+    pages.ranked = std::max(pages.ranked, engine_->kernels().rank_memory_tokens(
+                                              engine_->geometry(), sequence->policy(), lane_pages,
+                                              uint64_t{sequence->prompt_tokens()} +
+                                                  sequence->generated_tokens() + steps));
   }
   return pages;
 }
@@ -317,6 +321,7 @@ Status GpuBatch::reserve(uint32_t steps) {
   const auto lock = engine_->lock();
   THINKV_TRY(poll());
   THINKV_ASSIGN_OR_RETURN(const StepPages pages, make_room(steps));
+  THINKV_TRY(engine_->make_rank_memory(pages.ranked));
   THINKV_TRY(engine_->promise(pages.taken));
   for (GpuSequence* sequence : rows_) {
     if (sequence != nullptr) sequence->count_steps(steps);

@@ -32,6 +32,7 @@ template <int kDim>
 __device__ inline void load_tile(const RankItem& item, const LaneView& lane, uint32_t first,
                                  uint32_t n, float* tile) {
   const uint32_t row = threadIdx.x / 8, i = first + row, l = threadIdx.x % 8;
+  if (row >= kTile) return;  // whole warps
   float x[kDim / 8] = {};
   const DeviceDescriptor* d = i < n ? descriptor_at(lane, item.rows.place[i] >> 6) : nullptr;
   unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
@@ -52,6 +53,7 @@ __device__ inline void load_tile(const RankItem& item, const LaneView& lane, uin
 template <int kDim>
 __device__ inline void compare_tiles(const Tiles& tiles) {
   const uint32_t row = threadIdx.x / 8, l = threadIdx.x % 8;
+  if (row >= kTile) return;
   const float* a = tiles.rows + row * (kDim + 1);
   float sums[kTile / 8] = {};
   for (uint32_t d = 0; d < kDim; ++d) {
@@ -177,7 +179,7 @@ __device__ inline void softmax_rows(const RankItem& item, uint32_t n) {
 }  // namespace similarity_detail
 
 // Adds the rule's share of the redundancy to rows.score. rows.fixed and rows.fate are working
-// memory. Requires: kTile * 8 threads; item.tiles.
+// memory. Requires: at least kTile * 8 threads; item.tiles.
 template <int kDim>
 __device__ inline void add_similarity(const RankItem& item, const RankRule& rule,
                                       const LaneView& lane, uint32_t n) {

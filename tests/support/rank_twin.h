@@ -78,6 +78,9 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
   if (wrong.empty()) wrong = compared_steps(batch, 100);
   batch.evict(2, {3, 5, 8, 100, 120, 160, 161});  // at most kEvictedByHand slots
   if (wrong.empty()) wrong = compared(batch, "after an eviction");
+  // The next rules find more to recode than they left.
+  batch.recode(2, 10, 200, Format::kF16);
+  if (wrong.empty()) wrong = compared(batch, "after a recoding to more bits");
   if (wrong.empty()) wrong = compared_steps(batch, 40);
   tally.add(batch.twin(2)->host->stats());
   batch.close(0);
@@ -86,17 +89,18 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
 }
 
 // A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
-// wait for the first 64 steps have fired.
-inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens) {
-  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64},
+// wait for the first steps have fired.
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64) {
+  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
                    .capacity = 1,
-                   .extent_pages = 1024,
+                   .extent_pages = 1024 + tokens / 8,
+                   .rank_tokens = tokens + 128,
                    .plant_scores = true});
   batch.open(0, policy);
   batch.prefill(0, tokens);
   std::string wrong = compared(batch, "the prompt");
-  for (uint32_t i = 0; i < 66; ++i) batch.step();
-  if (wrong.empty()) wrong = compared(batch, "66 steps");
+  for (uint32_t i = 0; i < policy.score_window + 2u; ++i) batch.step();
+  if (wrong.empty()) wrong = compared(batch, "the first window");
   const uint64_t evicted = batch.twin(0)->host->stats().evicted_slots;
   if (wrong.empty() && evicted == 0) wrong = "the rules did nothing";
   return wrong;
@@ -122,7 +126,7 @@ inline PolicyParams draw_rank_policy(TwinBatch& batch) {
   return p;
 }
 
-// A policy, a prompt and 60 steps that the seed decides.
+// A policy, a prompt, a recoding and 64 steps that the seed decides.
 inline std::string run_drawn_rules(uint64_t seed, RankTally& tally) {
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
   TwinBatch batch({.geometry = {.layers = 2,
@@ -137,7 +141,12 @@ inline std::string run_drawn_rules(uint64_t seed, RankTally& tally) {
   batch.open(1, draw_rank_policy(batch));
   if (batch.below(4) != 0) batch.prefill(1, 1 + batch.below(140));
   std::string wrong = compared(batch, "the prompt");
-  if (wrong.empty()) wrong = compared_steps(batch, 60);
+  if (wrong.empty()) wrong = compared_steps(batch, 40);
+  if (wrong.empty() && batch.below(2) == 0) {
+    batch.recode(1, batch.below(20), 20 + batch.below(20), any_format(batch));
+    wrong = compared(batch, "after a recoding");
+  }
+  if (wrong.empty()) wrong = compared_steps(batch, 24);
   tally.add(batch.twin(1)->host->stats());
   batch.close(1);
   return wrong.empty() ? compared(batch, "closed") : wrong;
