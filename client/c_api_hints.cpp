@@ -5,6 +5,7 @@
 #include "client/error_text.h"
 #include "client/objects.h"
 #include "client/tensor.h"
+#include "kernels/policy/rank_trigger.h"
 #include "thinkv/internal/limits.h"
 #include "thinkv/internal/rank_rule.h"
 #include "thinkv/thinkv.h"
@@ -22,8 +23,8 @@ Status prefill_queries(thinkv_sequence* sequence, uint32_t layer, const thinkv_t
     return describe(ErrorCode::kInvalidArgument, "q has %lld queries, at most %u",
                     static_cast<long long>(count), kScoreWindowMax);
   }
-  // No policy with rules opens on the cuda backend, so the values are not looked at: they may lie
-  // in GPU memory.
+  // Rules on the cuda backend wait for the first steps, as where no queries are given, so the
+  // values are not looked at: they may lie in GPU memory.
   if (pin->gpu) {
     THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
     static_cast<void>(unused);
@@ -42,7 +43,12 @@ Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* c
     return describe(ErrorCode::kInvalidArgument, "%zu classes, at most %u", count,
                     limits::kTokensMax);
   }
-  if (pin->gpu) return {};
+  if (pin->gpu) {
+    if (count == 0 || !policy::reads_classes(pin->gpu->policy())) return {};
+    return make_error(
+        ErrorCode::kUnsupported,
+        "the policy's rules read token classes, which sequences on a GPU do not keep");
+  }
   const Status told = pin->sequence->token_classes(first, std::span(classes, count));
   pin->source->settle();
   THINKV_TRY(told);

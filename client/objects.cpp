@@ -66,6 +66,7 @@ kernels::SequenceStats to_stats(const cuda::SequenceNumbers& n, uint64_t page_si
   stats.demotions = n.demotions;
   stats.merges = n.merges;
   stats.over_budget_steps = n.over_budget_steps;
+  stats.gathered_bytes = n.gathered_bytes;
   stats.refreshes = n.refreshes;
   stats.steps = n.steps;
   std::copy_n(n.segments, kThoughtCount, stats.segments);

@@ -34,6 +34,7 @@ const char* fault_text(uint32_t faults) {
   if ((faults & cuda::kListFull) != 0) {
     return "a batch's page list was too small: attention missed tokens (raise tokens_max)";
   }
+  if ((faults & cuda::kRowsFull) != 0) return "a lane held more tokens than rank rules take";
   if ((faults & cuda::kBadMetadata) != 0) return "the metadata of a sequence is damaged";
   return "the page lease on the GPU overflowed";
 }
@@ -165,6 +166,13 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
                                              format_info(usual).v.bits == 2);
   }
   rotate_ = rotate;
+  const bool centred = sequence.policy().centre != 0;
+  if (centred && !centred_ && lse_read_) {
+    return make_error(kInvalidArgument,
+                      "this batch's steps were launched with an lse that knows no centred keys, "
+                      "which this sequence's policy has: open another batch for it");
+  }
+  centred_ = centred_ || centred;
   return {};
 }
 
@@ -269,7 +277,7 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
     uint32_t lane_pages = sequence->lane_pages();
     for (uint32_t i = 0; i < steps; ++i) {
       const uint32_t step = sequence->step_pages(i, lane_pages);
-      if (step > 0) lane_pages += GpuSequence::kLanePagesPerFlush;
+      lane_pages += sequence->lane_pages_of(step);
       pages.taken += step;
     }
     const uint32_t limit =
@@ -419,7 +427,14 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
     p.score_reduce = score_reduce_;
   }
   const cuda::ContextScope context(engine_->gpu());
-  return GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend");
+  THINKV_TRY(
+      GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend"));
+  if (io.lse == nullptr) return {};
+  lse_read_ = true;
+  if (!centred_) return {};
+  return GpuEngine::launched(
+      engine_->kernels().centred_lse(view_, layer, io.q, io.q_element, io.lse, engine_->stream()),
+      "centred_lse");
 }
 
 Status GpuBatch::end() {

@@ -107,6 +107,8 @@ class GpuBatch {
   bool traced_ = false;    // in all layers, for the sparsity
   std::vector<uint8_t> label_layers_;
   std::optional<uint8_t> rotate_;
+  bool centred_ = false;  // some sequence had centred keys
+  bool lse_read_ = false;
   float near_zero_ = 0.01f;
   uint8_t score_reduce_ = 0;
   GpuMemory roots_, positions_, emit_, lane_begin_, sites_, pages_, score_rows_, sparsity_, parts_,

@@ -38,6 +38,8 @@ struct KernelTable {
                 StreamHandle);
   int (*end)(const cuda::BatchView&, StreamHandle);
   int (*attend)(const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle);
+  int (*centred_lse)(const cuda::BatchView&, uint32_t layer, const void* q, cuda::Element,
+                     float* lse, StreamHandle);
 
   cuda::AttendShape (*attend_shape)(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
                                     bool two_bits);
@@ -46,6 +48,7 @@ struct KernelTable {
   uint64_t (*emit_scratch_bytes)(uint64_t pages, uint32_t group);
   uint32_t (*open_pages)(const ModelGeometry&, const PolicyParams&);
   uint32_t (*prefill_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
+  uint32_t (*prefill_end_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
   uint32_t (*step_pages)(const ModelGeometry&, const PolicyParams&, uint32_t prompt,
                          uint32_t generated, uint32_t lane_pages_max);
   uint32_t (*recode_pages)(const ModelGeometry&, const PolicyParams&, uint32_t lane_pages_max,

@@ -127,11 +127,15 @@ Status GpuSequence::prefill_end() {
     return make_error(kInvalidArgument, "a layer of the prompt is missing");
   }
   const auto lock = engine_->lock();
+  const uint32_t pages =
+      engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, prompt_);
+  THINKV_TRY(engine_->promise(pages));
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(
       engine_->kernels().prefill_end(engine_->view(), root_.raw(), prompt_, engine_->stream()),
       "prefill_end"));
   prompt_open_ = false;
+  lane_pages_ += pages / engine_->geometry().lanes();
   return {};
 }
 
@@ -235,9 +239,14 @@ uint32_t GpuSequence::step_pages(uint32_t ahead, uint32_t lane_pages) const {
                                        lane_pages);
 }
 
+uint32_t GpuSequence::lane_pages_of(uint32_t step_pages) const {
+  if (step_pages == 0) return 0;
+  return std::max(kLanePagesPerFlush, step_pages / engine_->geometry().lanes());
+}
+
 void GpuSequence::count_steps(uint32_t steps) {
   for (uint32_t i = 0; i < steps; ++i) {
-    if (step_pages(0, lane_pages_) > 0) lane_pages_ += kLanePagesPerFlush;
+    lane_pages_ += lane_pages_of(step_pages(0, lane_pages_));
     generated_ += 1;
   }
 }

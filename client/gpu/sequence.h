@@ -66,6 +66,8 @@ class GpuSequence {
   static constexpr uint32_t kLanePagesPerFlush = 2;
   // Pages that the step after the next `ahead` can take, with lanes of at most `lane_pages`.
   [[nodiscard]] uint32_t step_pages(uint32_t ahead, uint32_t lane_pages) const;
+  // By how many pages a lane can grow in a step that takes at most so many.
+  [[nodiscard]] uint32_t lane_pages_of(uint32_t step_pages) const;
   void count_steps(uint32_t steps);
   void uncount_steps(uint32_t steps) { generated_ -= steps; }  // they were not run
   void bound_lane_pages(uint32_t pages) { lane_pages_ = pages; }

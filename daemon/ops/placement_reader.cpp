@@ -1,12 +1,9 @@
 #include "daemon/ops/placement_reader.h"
 
-#include <string>
-#include <string_view>
 #include <vector>
 
 #include "daemon/ops/policy_reader.h"
 #include "thinkv/internal/limits.h"
-#include "thinkv/internal/placement_check.h"
 
 namespace thinkv::ops {
 namespace {
@@ -44,18 +41,9 @@ void read_tier(MapReader tier, bool given, TierParams* params) {
 
 }  // namespace
 
-void read_placement(MapReader* root, PolicyParams* params, Diagnostics* diagnostics,
-                    bool lists_keys) {
-  const size_t before = diagnostics->lines().size();
+void read_placement(MapReader* root, PolicyParams* params) {
   read_entropy(root->child("entropy"), root->has("entropy"), &params->entropy);
   read_tier(root->child("tier"), root->has("tier"), &params->tier);
-  // What was misread would only be reported twice.
-  if (lists_keys || diagnostics->lines().size() != before) return;
-  const PlacementProblem problem = placement_problem(*params);
-  if (!problem.any()) return;
-  const std::string_view key = problem.key;
-  const YamlNode* node = root->node(key.substr(0, key.find('.')));
-  diagnostics->add(node == nullptr ? 0 : node->line, problem.key, problem.what);
 }
 
 }  // namespace thinkv::ops

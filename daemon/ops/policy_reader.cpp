@@ -3,22 +3,19 @@
 #include <array>
 #include <cstring>
 #include <filesystem>
+#include <string_view>
 
 #include "daemon/ops/placement_reader.h"
 #include "daemon/ops/rule_reader.h"
+#include "thinkv/internal/centring_check.h"
 #include "thinkv/internal/limits.h"
 
 namespace thinkv::ops {
 namespace {
 
 // "f16" is 16 bits in the model's own value type; a policy does not choose between the two.
+constexpr size_t kSlotFormats = 8;  // the first ones: their slots stand alone
 constexpr std::array kFormatNames = {
-    Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
-    Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
-    Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
-    Choice<Format>{"nvfp4", Format::kNvfp4}, Choice<Format>{"ternary", Format::kTernary}};
-// What a rule can recode to: formats of blocks too.
-constexpr std::array kRecodeNames = {
     Choice<Format>{"f16", Format::kF16},     Choice<Format>{"k8v8", Format::kK8V8},
     Choice<Format>{"k8v4", Format::kK8V4},   Choice<Format>{"k4v4", Format::kK4V4},
     Choice<Format>{"k4v2", Format::kK4V2},   Choice<Format>{"k2v2", Format::kK2V2},
@@ -27,6 +24,7 @@ constexpr std::array kRecodeNames = {
     Choice<Format>{"kivi1", Format::kKivi1}, Choice<Format>{"pair2", Format::kPair2},
     Choice<Format>{"pair1", Format::kPair1}, Choice<Format>{"think", Format::kThink}};
 constexpr std::array kRotations = {Choice<uint8_t>{"hadamard", 1}, Choice<uint8_t>{"none", 0}};
+constexpr std::array kCentrings = {Choice<uint8_t>{"prompt", 1}, Choice<uint8_t>{"none", 0}};
 constexpr std::array kRules = {Choice<EvictRule>{"tbe", EvictRule::kTbe},
                                Choice<EvictRule>{"rank", EvictRule::kRank},
                                Choice<EvictRule>{"none", EvictRule::kNone}};
@@ -54,16 +52,16 @@ constexpr uint32_t kSegmentMax = 1024;
 constexpr size_t kDescriptionMax = 400;
 
 void read_formats(MapReader formats, PolicyParams* params) {
-  formats.choice<Format>("prompt", kFormatNames, &params->prompt_format);
+  formats.choice<Format>("prompt", format_choices(), &params->prompt_format);
   formats.require("prompt");
   params->sink_format = params->prompt_format;
-  formats.choice<Format>("sinks", kFormatNames, &params->sink_format);
+  formats.choice<Format>("sinks", format_choices(), &params->sink_format);
   MapReader thoughts = formats.child("thoughts");
   formats.require("thoughts");
   constexpr std::array<std::string_view, kThoughtCount> kNames = {"reasoning", "execution",
                                                                   "transition"};
   for (uint32_t i = 0; i < kThoughtCount; ++i) {
-    thoughts.choice<Format>(kNames[i], kFormatNames, &params->thought_format[i]);
+    thoughts.choice<Format>(kNames[i], format_choices(), &params->thought_format[i]);
     if (formats.has("thoughts")) thoughts.require(kNames[i]);
   }
   thoughts.finish();
@@ -296,14 +294,21 @@ void read_name(MapReader* root, const std::string& file, PolicyParams* params) {
   }
 }
 
+void report(const PolicyProblem& problem, MapReader& root, Diagnostics* diagnostics) {
+  if (!problem.any()) return;
+  const std::string_view key = problem.key;
+  const YamlNode* node = root.node(key.substr(0, key.find('.')));
+  diagnostics->add(node == nullptr ? 0 : node->line, problem.key, problem.what);
+}
+
 }  // namespace
 
 std::span<const Choice<Format>> format_choices() {
-  return kFormatNames;
+  return std::span(kFormatNames).first<kSlotFormats>();
 }
 
 std::span<const Choice<Format>> recode_choices() {
-  return kRecodeNames;
+  return kFormatNames;
 }
 
 void read_policy(const PolicySource& source, PolicyParams* params, std::string* description,
@@ -317,6 +322,7 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   root.require("formats");
   root.choice<uint8_t>("rotation", kRotations, &params->rotate);
   root.require("rotation");
+  root.choice<uint8_t>("centring", kCentrings, &params->centre);
   MapReader sinks = root.child("sinks");
   sinks.integer32("tokens", {0, kSinksMax}, &params->sink_tokens);
   sinks.finish();
@@ -329,7 +335,13 @@ void read_policy(const PolicySource& source, PolicyParams* params, std::string* 
   read_rules(&root, params, diagnostics, keys);
   read_blocks(root.child("blocks"), params, keys != nullptr);
   root.integer32("kmeans_iterations", {1, 16}, &params->kmeans_iterations);
-  read_placement(&root, params, diagnostics, keys != nullptr);
+  const size_t before = diagnostics->lines().size();
+  read_placement(&root, params);
+  // What was misread would only be reported twice.
+  if (keys == nullptr && diagnostics->lines().size() == before) {
+    report(placement_problem(*params), root, diagnostics);
+    report(centring_problem(*params), root, diagnostics);
+  }
   root.finish();
 }
 

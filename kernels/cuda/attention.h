@@ -67,10 +67,12 @@ struct AttendParams {
 
   // Emission, for sequences whose flag is not 0. Null flags: none in this layer.
   //   kEmitScores: adds the probability of every slot, reduced over the group, to its fp16 score
+  //   kEmitSums: the same to an fp32 sum
   //   kEmitSparsity: writes sparsity[lane]
   // Both as kernels::attend and add_score of the oracle define them.
   const uint8_t* emit = nullptr;          // [sequences] bits
-  uint16_t* const* score_rows = nullptr;  // [pages] where the scores of each page's slots are
+  uint16_t* const* score_rows = nullptr;  // [pages] where the scores of each page's slots are, or
+                                          // the sums
   LaneSparsity* sparsity = nullptr;       // [lanes]
   void* emit_scratch = nullptr;           // emit_scratch_bytes(...)
   float near_zero = 0.01f;
@@ -78,6 +80,7 @@ struct AttendParams {
 };
 inline constexpr uint8_t kEmitScores = 1;
 inline constexpr uint8_t kEmitSparsity = 2;
+inline constexpr uint8_t kEmitSums = 4;
 
 // The launch of a GPU: chosen once, it does not depend on the lengths.
 struct AttendShape {

@@ -35,8 +35,8 @@ using lane_detail::kNoKey;
 // Fewer free slots first, then the older, then the lower index; never 0.
 inline constexpr uint32_t kIndexBits = 15;
 inline constexpr uint32_t kKeyBits = kIndexBits + 32 + 7;
-static_assert(kTablePagesMax * descriptors_per_page(256, false) <= 1u << kIndexBits);
-static_assert(kTablePagesMax * descriptors_per_page(64, false) <= 1u << kIndexBits);
+static_assert(kTablePagesMax * descriptors_per_page(256, 0) <= 1u << kIndexBits);
+static_assert(kTablePagesMax * descriptors_per_page(64, 0) <= 1u << kIndexBits);
 
 // The pages of one format in one lane.
 struct FormatPages {

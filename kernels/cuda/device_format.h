@@ -8,7 +8,8 @@
 //     segment_page[s / segments_per_page] -> pages of policy::Segment, oldest first, last one open
 //     work_page                        -> Demotion list of the step in progress
 //   DeviceLane.table[i / descriptors]  -> table pages: DeviceDescriptor [descriptors], then, where
-//                                         the policy scores, fp16 scores [descriptors][64]
+//                                         the policy keeps them, fp16 scores (TBE) or fp32 sums
+//                                         (rank rules) [descriptors][64]
 //   DeviceDescriptor.page              -> K/V page (page_format.h)
 //   DeviceLane.buffer_page             -> two 16-bit K/V pages of 8 slots: the newest tokens
 //
@@ -21,6 +22,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/policy/rank_select.h"
+#include "kernels/policy/rank_trigger.h"
 #include "kernels/policy/segments.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/internal/policy_params.h"
@@ -28,10 +31,11 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 3;
+inline constexpr uint32_t kDeviceLayoutVersion = 4;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
+inline constexpr uint32_t kRankBudgetNone = 0xFFFF'FFFFu;  // kernels::kBudgetNone
 
 // 32 bytes; the first half is what attention's list is made from.
 struct DeviceDescriptor {
@@ -42,7 +46,7 @@ struct DeviceDescriptor {
   uint16_t reserved0;
   uint32_t first_position;  // bounds of the positions of live slots; may be wider than needed
   uint32_t last_position;
-  uint64_t reserved1;
+  uint64_t marks;  // bit s of slot s: working memory of one rule, 0 between steps
 };
 static_assert(sizeof(DeviceDescriptor) == 32);
 
@@ -54,11 +58,20 @@ struct DeviceLane {
   uint32_t buffer_page[2];
   uint32_t table_pages;               // ids in use of `table`
   uint32_t free_slots[kFormatCount];  // in this lane's pages of that format: all not live
-  uint16_t buffer_score[16];          // fp16
-  uint32_t reserved[11];
+  union {                             // of the tokens in the buffer
+    uint16_t buffer_score[16];        // fp16
+    float buffer_sum[16];             // where DeviceSequence.score_bytes is 4
+  };
+  // Ids of pages that rank rules emptied in the step in progress: in the descriptors behind those
+  // in use. The lane's next new page is the first of them; what is left goes at the step's end.
+  uint16_t pending;
+  uint8_t mask;  // kFirstFit: the mask that was chosen
+  uint8_t reserved0;
+  uint32_t mask_tokens;  // kFirstFit: tokens outside the mask's classes that stay
+  uint32_t reserved1;
   uint32_t table[kTablePagesMax];
 };
-static_assert(sizeof(DeviceLane) == 28 + 40 + 32 + 44 + 4 * kTablePagesMax);
+static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 4 * kTablePagesMax);
 static_assert(sizeof(DeviceLane) % 16 == 0);
 static_assert(offsetof(DeviceLane, buffer_score) % 4 == 0, "scores are read and written in pairs");
 
@@ -96,9 +109,9 @@ struct DeviceSequence {
   float softmax_scale;
   uint32_t tokens;  // positions so far
   uint32_t prompt_tokens;
-  uint32_t budget_tokens;   // 0: none
+  uint32_t budget_tokens;   // 0: none; of rank rules kRankBudgetNone: none
   uint32_t trace_sparsity;  // 0 or 1
-  uint32_t scored;          // table pages carry scores
+  uint32_t score_bytes;     // of a slot in table pages: 0, 2 (fp16 scores) or 4 (fp32 sums)
   uint32_t lane_pages;      // ids in use
   uint32_t segments;        // in use
   uint32_t segment_pages;   // ids in use
@@ -112,11 +125,17 @@ struct DeviceSequence {
   float layer_sparsity_sum;  // of the label layers in the step in progress
   uint32_t generated_live;   // tokens of the open segment + Segment.live of all others (refresh.h)
   uint32_t waiting;          // Segment.waiting of all segments: demotions for the next steps
-  uint32_t reserved0[6];
+  uint32_t rank_step;        // RankStep bits: what rank rules do at the end of this step
+  uint32_t over_budget;      // a lane of this step holds more than its budget; set once
+  uint32_t prompt_queries;   // of each layer that the slots' sums hold
+  uint32_t window_queries;   // of kWindow: queries since the slots were set to 0
+  uint32_t query_wait;       // 1: rules of the prompt's end wait for queries
+  uint32_t reserved0;
   DeviceCounters counters;
   PolicyParams policy;
   uint32_t segment_page[kSegmentPagesMax];
-  uint8_t reserved1[32];
+  uint64_t gathered_bytes;  // moved where the prompt was cut; atomics of lanes
+  uint8_t reserved1[24];
 };
 static_assert(sizeof(DeviceSequence) ==
               128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 32);
@@ -126,10 +145,26 @@ static_assert(offsetof(DeviceSequence, policy) == 224);
 static_assert(std::is_trivially_copyable_v<DeviceLane> &&
               std::is_trivially_copyable_v<DeviceSequence>);
 
-// True where table pages carry scores: the policy selects by decayed attention.
+// DeviceSequence.rank_step.
+enum RankStep : uint32_t {
+  kRankRules = (1u << kRulesMax) - 1,  // bit r: rule r fires
+  kRankWaiting = 1u << 4,              // policy::Moment.waiting
+  kRankCompacts = 1u << 5,             // the prompt was cut: its tokens are moved together
+  kRankClears = 1u << 6,               // a window begins: sums start from 0
+  kRankFlushesFirst = 1u << 7,         // buffers are flushed before the rules
+};
+
+// What a slot's number takes in table pages: 2 where the policy selects segments' tokens by decayed
+// attention, 4 where rank rules read attention, else 0.
+[[nodiscard]] constexpr uint32_t score_bytes(const PolicyParams& policy) {
+  if (policy::keeps_sums(policy)) return sizeof(float);
+  const bool scored =
+      policy.evict == EvictRule::kTbe &&
+      (policy.select == SelectRule::kWeightedMedoids || policy.select == SelectRule::kAttention);
+  return scored ? sizeof(uint16_t) : 0;
+}
 [[nodiscard]] constexpr bool keeps_scores(const PolicyParams& policy) {
-  return policy.evict == EvictRule::kTbe &&
-         (policy.select == SelectRule::kWeightedMedoids || policy.select == SelectRule::kAttention);
+  return score_bytes(policy) != 0;
 }
 
 // How many of each fit a page.
@@ -146,12 +181,10 @@ static_assert(std::is_trivially_copyable_v<DeviceLane> &&
 [[nodiscard]] constexpr uint32_t demotions_per_page(uint32_t head_dim) {
   return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(Demotion));
 }
-[[nodiscard]] constexpr uint32_t score_row_bytes() {
-  return kSlotsPerPageMax * sizeof(uint16_t);
-}
-[[nodiscard]] constexpr uint32_t descriptors_per_page(uint32_t head_dim, bool scored) {
+// score_bytes: of a slot.
+[[nodiscard]] constexpr uint32_t descriptors_per_page(uint32_t head_dim, uint32_t score_bytes) {
   return page_bytes(head_dim) /
-         (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + (scored ? score_row_bytes() : 0));
+         (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + kSlotsPerPageMax * score_bytes);
 }
 static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 17);
 static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1400);

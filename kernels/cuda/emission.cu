@@ -69,9 +69,9 @@ struct SlotPair {
 template <int kPairs>
 struct PageShare {
   uint64_t live;    // of the page; 0: no page
-  uint32_t* where;  // the fp16 scores of the page's slots in pairs, or null: not wanted
+  uint32_t* where;  // the fp16 scores of the page's slots in pairs, or their sums, or null
   SlotPair<kPairs> slots;
-  uint32_t before;  // the two scores
+  uint2 before;  // the two scores in x, or the two sums
 
   __device__ __forceinline__ void find(const AttendParams& p, uint32_t page, uint32_t end,
                                        uint16_t* const* rows) {
@@ -81,10 +81,11 @@ struct PageShare {
 };
 
 // Calls visit(share, which slots count: bits 0 and 1, place of their scores or null) for the pages
-// of the run [begin, end). `rows`: score_rows, or null.
+// of the run [begin, end). `rows`: score_rows, or null; `sums`: of fp32.
 template <int kPairs, class Visit>
 __device__ __forceinline__ void for_each_pair(const AttendParams& p, uint32_t begin, uint32_t end,
-                                              uint16_t* const* rows, const Visit& visit) {
+                                              uint16_t* const* rows, bool sums,
+                                              const Visit& visit) {
   constexpr uint32_t kAtOnce = kPairs <= 2 ? 2 : 1;
   const uint32_t thread = threadIdx.x % kPageThreads;
   PageShare<kPairs> pages[kAtOnce];
@@ -107,14 +108,17 @@ __device__ __forceinline__ void for_each_pair(const AttendParams& p, uint32_t be
       for (uint32_t i = 0; i < kAtOnce; ++i) {
         bits[i] = static_cast<uint32_t>(pages[i].live >> (2 * pair)) & 3u;
         pages[i].slots.load(emit_page_of(p, min(first + i * kPagesOfCta, end - 1)), 2 * pair);
-        pages[i].before = 0;
-        if (bits[i] != 0 && pages[i].where != nullptr) pages[i].before = pages[i].where[pair];
+        pages[i].before = make_uint2(0, 0);
+        if (bits[i] == 0 || pages[i].where == nullptr) continue;
+        pages[i].before.x = pages[i].where[sums ? 2 * pair : pair];
+        if (sums) pages[i].before.y = pages[i].where[2 * pair + 1];
       }
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce; ++i) {
         if (!pages[i].slots.counts(0)) bits[i] &= ~1u;
         if (!pages[i].slots.counts(1)) bits[i] &= ~2u;
-        uint32_t* place = pages[i].where == nullptr ? nullptr : pages[i].where + pair;
+        uint32_t* place =
+            pages[i].where == nullptr ? nullptr : pages[i].where + (sums ? 2 * pair : pair);
         if (bits[i] != 0) visit(pages[i], bits[i], place);
       }
     }
@@ -161,7 +165,7 @@ __device__ __forceinline__ MaxRow read_max_row(const AttendParams& p, uint32_t b
       top = higher;
     }
   };
-  for_each_pair<kPairs>(p, begin, end, nullptr, visit);
+  for_each_pair<kPairs>(p, begin, end, nullptr, false, visit);
   row.top = reduce_block(top, shared, [](float a, float b) { return fmaxf(a, b); });
   if (row.top == kNegativeInfinity || !with_sum) return row;
   const float scaled = top == kNegativeInfinity ? 0.0f : sum * exp2f(top - row.top);
@@ -220,19 +224,34 @@ struct Work {
   uint32_t begin, end;              // pages of the lane
   uint32_t share_begin, share_end;  // of them, those whose scores this CTA adds
   bool scores, sparsity;
+  bool sums;  // scores are fp32 sums
 };
 
 template <int kPairs>
 __device__ __forceinline__ void add_scores(const PageShare<kPairs>& page, uint32_t bits,
                                            uint32_t* place, const Reduction<kPairs>& reduction,
                                            uint32_t group) {
-  const float2 before = unpack_f16(page.before);
+  const float2 before = unpack_f16(page.before.x);
   const float low = before.x + reduction(page.slots, 0, group);
   const float high = before.y + reduction(page.slots, 1, group);
   const uint32_t sums = pack_f16(fminf(low, kScoreMax), fminf(high, kScoreMax));
   const uint32_t mine =
       ((bits & 1u) != 0 ? 0x0000FFFFu : 0u) | ((bits & 2u) != 0 ? 0xFFFF0000u : 0u);
-  *place = (sums & mine) | (page.before & ~mine);
+  *place = (sums & mine) | (page.before.x & ~mine);
+}
+
+template <int kPairs>
+__device__ __forceinline__ void add_sums(const PageShare<kPairs>& page, uint32_t bits,
+                                         uint32_t* place, const Reduction<kPairs>& reduction,
+                                         uint32_t group) {
+  if ((bits & 1u) != 0) {
+    const float sum = __uint_as_float(page.before.x) + reduction(page.slots, 0, group);
+    place[0] = __float_as_uint(sum);
+  }
+  if ((bits & 2u) != 0) {
+    const float sum = __uint_as_float(page.before.y) + reduction(page.slots, 1, group);
+    place[1] = __float_as_uint(sum);
+  }
 }
 
 // Scores of the share and sparsity of the lane: in one pass where both are of the same pages.
@@ -242,17 +261,22 @@ __device__ __forceinline__ Tally visit_lane(const AttendParams& p, const Work& w
   const bool whole = work.end - work.begin == work.share_end - work.share_begin;
   Tally tally;
   if (work.sparsity && !(work.scores && whole)) {
-    for_each_pair<kPairs>(p, work.begin, work.end, nullptr,
+    for_each_pair<kPairs>(p, work.begin, work.end, nullptr, false,
                           [&](const PageShare<kPairs>& page, uint32_t bits, const uint32_t*) {
                             tally.add(page.slots, bits, p.group, bound);
                           });
   }
   if (!work.scores) return tally;
   const bool tallies = work.sparsity && whole;
-  for_each_pair<kPairs>(p, work.share_begin, work.share_end, p.score_rows,
+  for_each_pair<kPairs>(p, work.share_begin, work.share_end, p.score_rows, work.sums,
                         [&](const PageShare<kPairs>& page, uint32_t bits, uint32_t* place) {
                           if (tallies) tally.add(page.slots, bits, p.group, bound);
-                          if (place != nullptr) add_scores(page, bits, place, reduction, p.group);
+                          if (place == nullptr) return;
+                          if (work.sums) {
+                            add_sums(page, bits, place, reduction, p.group);
+                          } else {
+                            add_scores(page, bits, place, reduction, p.group);
+                          }
                         });
   return tally;
 }
@@ -268,13 +292,14 @@ __global__ void __launch_bounds__(kThreads, kPairs <= 5 ? 6 : 4)
   const uint32_t lane_index = blockIdx.x / shares, share = blockIdx.x % shares;
   const uint8_t wanted = p.emit[lane_index / p.kv_heads];
   const bool sparsity = (wanted & kEmitSparsity) != 0 && p.sparsity != nullptr && share == 0;
-  const bool scores = (wanted & kEmitScores) != 0 && p.score_rows != nullptr;
+  const bool sums = (wanted & kEmitSums) != 0;
+  const bool scores = (sums || (wanted & kEmitScores) != 0) && p.score_rows != nullptr;
   if (!sparsity && !scores) return;
   const uint32_t begin = p.lane_begin[lane_index], pages = p.lane_begin[lane_index + 1] - begin;
   const auto edge = [&](uint32_t i) {
     return begin + static_cast<uint32_t>(uint64_t{pages} * i / shares);
   };
-  const Work work{begin, begin + pages, edge(share), edge(share + 1), scores, sparsity};
+  const Work work{begin, begin + pages, edge(share), edge(share + 1), scores, sparsity, sums};
   const bool by_logit =
       scores && static_cast<kernels::GqaReduce>(p.score_reduce) == kernels::GqaReduce::kMaxLogit;
   MaxRow row;

@@ -32,6 +32,10 @@ __device__ __forceinline__ void add_64(uint64_t* where, uint64_t value) {
   atomicAdd(reinterpret_cast<AtomicWord64*>(where), static_cast<AtomicWord64>(value));
 }
 
+__device__ __forceinline__ void min_64(uint64_t* where, uint64_t value) {
+  atomicMin(reinterpret_cast<AtomicWord64*>(where), static_cast<AtomicWord64>(value));
+}
+
 [[nodiscard]] __device__ __forceinline__ uint64_t low_slots(uint32_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
@@ -119,10 +123,10 @@ __device__ __forceinline__ void give_page(Lease* lease, uint32_t raw) {
                                                           const DeviceSequence* s) {
   const ModelGeometry& g = view.geometry;
   const uint32_t segments_max = kSegmentPagesMax * segments_per_page(g.head_dim);
-  const uint32_t wrong = (s->magic ^ kDeviceSequenceMagic) | (s->version ^ kDeviceLayoutVersion) |
-                         (s->layers ^ g.layers) | (s->kv_heads ^ g.kv_heads) |
-                         (s->head_dim ^ g.head_dim) |
-                         (s->value_type ^ static_cast<uint32_t>(g.value_type)) | (s->scored & ~1u);
+  const uint32_t wrong =
+      (s->magic ^ kDeviceSequenceMagic) | (s->version ^ kDeviceLayoutVersion) |
+      (s->layers ^ g.layers) | (s->kv_heads ^ g.kv_heads) | (s->head_dim ^ g.head_dim) |
+      (s->value_type ^ static_cast<uint32_t>(g.value_type)) | (s->score_bytes & ~6u);
   const uint32_t segments = s->segments, pages = s->segment_pages;
   return (wrong == 0) & (segments - 1 < segments_max) & (pages <= kSegmentPagesMax);
 }
@@ -176,16 +180,18 @@ struct LaneView {
   DeviceSequence* sequence;
   DeviceLane* lane;  // null: none, or bad metadata
   uint32_t head_dim;
-  uint32_t per_table;  // descriptors in a table page
-  bool scored;
+  uint32_t per_table;    // descriptors in a table page
+  uint32_t score_bytes;  // of a slot's number in table pages; 0: none
+  [[nodiscard]] __device__ __forceinline__ bool scored() const { return score_bytes != 0; }
 };
 
 // True where the counts of a lane are within their bounds; read at once, as in header_good().
 [[nodiscard]] __device__ __forceinline__ bool lane_good(const DeviceLane* lane,
                                                         uint32_t per_table) {
-  const uint32_t tables = lane->table_pages, buffered = lane->buffer_count, pages = lane->pages;
+  const uint32_t tables = lane->table_pages, buffered = lane->buffer_count;
+  const uint32_t pages = lane->pages, pending = lane->pending;
   return (tables <= kTablePagesMax) & (buffered <= 2 * kBufferPageSlots) &
-         (pages <= tables * per_table);
+         (pages <= tables * per_table) & (pages + pending <= tables * per_table);
 }
 
 // Lane `index` = layer * kv_heads + kv head. Requires: sequence from sequence_at(), index < lanes.
@@ -193,8 +199,8 @@ struct LaneView {
                                                             DeviceSequence* sequence,
                                                             uint32_t index) {
   const uint32_t dim = view.geometry.head_dim;
-  const bool scored = sequence->scored != 0;
-  LaneView lane{&view, sequence, nullptr, dim, descriptors_per_page(dim, scored), scored};
+  const uint32_t width = sequence->score_bytes;
+  LaneView lane{&view, sequence, nullptr, dim, descriptors_per_page(dim, width), width};
   auto* page = page_at(view, lane_page_ids(sequence)[index / lanes_per_page(dim)]);
   if (page == nullptr) return lane;
   auto* found = reinterpret_cast<DeviceLane*>(page) + index % lanes_per_page(dim);
@@ -212,18 +218,18 @@ struct LaneView {
 [[nodiscard]] __device__ __forceinline__ LaneView lane_of_root(const BatchView& view, uint32_t root,
                                                                uint32_t index) {
   const uint32_t dim = view.geometry.head_dim;
-  LaneView lane{&view, nullptr, nullptr, dim, 1, false};
+  LaneView lane{&view, nullptr, nullptr, dim, 1, 0};
   if (root == PageId::kNoneRaw) return lane;
   auto* sequence = reinterpret_cast<DeviceSequence*>(page_at(view, root));
   if (sequence == nullptr) return lane;
   const uint32_t id = lane_page_ids(sequence)[index / lanes_per_page(dim)];
   const bool good = header_good(view, sequence);
-  const uint32_t scored = sequence->scored;
+  const uint32_t width = sequence->score_bytes;
   auto* page = page_at(view, id);
   if (page == nullptr) return lane;
   auto* found = reinterpret_cast<DeviceLane*>(page) + index % lanes_per_page(dim);
-  lane.scored = scored != 0;
-  lane.per_table = descriptors_per_page(dim, lane.scored);
+  lane.score_bytes = width;
+  lane.per_table = descriptors_per_page(dim, width);
   const bool counts = lane_good(found, lane.per_table);
   if (!(good & counts)) {
     raise_fault(view.lease, kBadMetadata);
@@ -244,14 +250,40 @@ struct LaneView {
   raise_fault(lane.batch->lease, kBadMetadata);
   return nullptr;
 }
-// The fp16 scores of a descriptor, 128-byte rows. Requires: the lane is scored; `descriptor` came
-// from descriptor_at(lane, index).
+// The numbers of a descriptor's slots. Requires: the lane is scored; `descriptor` came from
+// descriptor_at(lane, index).
+[[nodiscard]] __device__ __forceinline__ unsigned char* score_row(const LaneView& lane,
+                                                                  DeviceDescriptor* descriptor,
+                                                                  uint32_t index) {
+  const uint32_t place = index % lane.per_table;
+  auto* rows = reinterpret_cast<unsigned char*>(descriptor - place + lane.per_table);
+  return rows + place * kSlotsPerPageMax * lane.score_bytes;
+}
+// As fp16. Requires: score_bytes is 2.
 [[nodiscard]] __device__ __forceinline__ uint16_t* scores_of(const LaneView& lane,
                                                              DeviceDescriptor* descriptor,
                                                              uint32_t index) {
-  const uint32_t place = index % lane.per_table;
-  auto* rows = reinterpret_cast<uint16_t*>(descriptor - place + lane.per_table);
-  return rows + place * kSlotsPerPageMax;
+  return reinterpret_cast<uint16_t*>(score_row(lane, descriptor, index));
+}
+// As fp32. Requires: score_bytes is 4.
+[[nodiscard]] __device__ __forceinline__ float* sums_of(const LaneView& lane,
+                                                        DeviceDescriptor* descriptor,
+                                                        uint32_t index) {
+  return reinterpret_cast<float*>(score_row(lane, descriptor, index));
+}
+// A number of either width, as its bits.
+[[nodiscard]] __device__ __forceinline__ uint32_t read_score(const LaneView& lane, const void* row,
+                                                             uint32_t i) {
+  return lane.score_bytes == 4 ? static_cast<const uint32_t*>(row)[i]
+                               : static_cast<const uint16_t*>(row)[i];
+}
+__device__ __forceinline__ void write_score(const LaneView& lane, void* row, uint32_t i,
+                                            uint32_t bits) {
+  if (lane.score_bytes == 4) {
+    static_cast<uint32_t*>(row)[i] = bits;
+  } else {
+    static_cast<uint16_t*>(row)[i] = static_cast<uint16_t>(bits);
+  }
 }
 // Position of a slot. Requires: slot < slots of the format.
 [[nodiscard]] __device__ __forceinline__ uint32_t position_of(const unsigned char* page,
@@ -272,6 +304,7 @@ __device__ __forceinline__ void drop_slots(const LaneView& lane, DeviceDescripto
 
 // Whole-warp functions, in lane_write.cuh:
 //   sweep_lane(lane)                    gives back the pages that drops emptied, and empty tables
+//   put_pages_aside(lane)               the same in a kernel that takes pages: kept for later
 //   place_tokens(lane, format, ...)     slots for new tokens: evicted, never written, new pages
 
 }  // namespace thinkv::cuda

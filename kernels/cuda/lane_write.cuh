@@ -17,7 +17,7 @@ struct SlotPlace {
 struct PlaceRequest {
   Format format;
   const uint32_t* positions;  // [count]
-  const uint16_t* scores;     // [count] fp16, or null: zero
+  const void* scores;         // [count] as wide as the lane's, or null: zero
   uint32_t count;
   SlotPlace* places;  // [count] out
 };
@@ -78,8 +78,10 @@ struct OldestPages {
     written |= uint64_t{1} << slot;
     if (threadIdx.x % 32 != count % 32) continue;
     request.places[from + count] = {page, slot};
-    if (!lane.scored) continue;
-    scores_of(lane, d, index)[slot] = request.scores != nullptr ? request.scores[from + count] : 0;
+    if (!lane.scored()) continue;
+    const uint32_t score =
+        request.scores != nullptr ? read_score(lane, request.scores, from + count) : 0;
+    write_score(lane, score_row(lane, d, index), slot, score);
   }
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
@@ -110,15 +112,29 @@ struct OldestPages {
   return true;
 }
 
+// The page of the lane's next descriptor: one that was put aside, else the lease's. Thread 0 of the
+// warp. Result: kNoneRaw where there is none.
+[[nodiscard]] __device__ __forceinline__ uint32_t next_page(const LaneView& lane) {
+  DeviceLane& header = *lane.lane;
+  if (header.pending == 0)
+    return grow_table(lane) ? take_page(lane.batch->lease) : PageId::kNoneRaw;
+  header.pending = static_cast<uint16_t>(header.pending - 1);
+  auto* table = page_at(*lane.batch, header.table[header.pages / lane.per_table]);
+  if (table == nullptr) return PageId::kNoneRaw;
+  return reinterpret_cast<DeviceDescriptor*>(table)[header.pages % lane.per_table].page;
+}
+
 // One more page of `format`, empty. Result: success.
 [[nodiscard]] __device__ __forceinline__ bool push_page(const LaneView& lane, Format format,
                                                         uint32_t slots) {
   bool pushed = false;
   __syncwarp();  // all threads have read the counts that one of them changes
-  if (threadIdx.x % 32 == 0 && grow_table(lane)) {
-    const uint32_t raw = take_page(lane.batch->lease);
-    auto* table = page_at(*lane.batch, lane.lane->table[lane.lane->pages / lane.per_table]);
-    if (raw != PageId::kNoneRaw && table != nullptr) {
+  if (threadIdx.x % 32 == 0) {
+    const uint32_t raw = next_page(lane);
+    auto* table = raw == PageId::kNoneRaw
+                      ? nullptr
+                      : page_at(*lane.batch, lane.lane->table[lane.lane->pages / lane.per_table]);
+    if (table != nullptr) {
       auto* d = reinterpret_cast<DeviceDescriptor*>(table) + lane.lane->pages % lane.per_table;
       *d = {.live = 0,
             .page = raw,
@@ -127,7 +143,7 @@ struct OldestPages {
             .reserved0 = 0,
             .first_position = 0,
             .last_position = 0,
-            .reserved1 = 0};
+            .marks = 0};
       lane.lane->pages += 1;
       lane.lane->free_slots[static_cast<uint32_t>(format)] += slots;
       atomicAdd(&lane.sequence->data_pages, 1u);
@@ -178,25 +194,29 @@ __device__ __forceinline__ uint32_t place_tokens(const LaneView& lane,
 
 namespace lane_detail {
 
-// Takes descriptor `index` out of the table: the last one moves into its place.
+// Takes descriptor `index` out of the table: the last one moves into its place. Its page goes to
+// the lease, or with `aside` its id to the place that the last one leaves.
 __device__ __forceinline__ void remove_descriptor(const LaneView& lane, uint32_t index,
-                                                  uint32_t last) {
+                                                  uint32_t last, bool aside) {
   DeviceDescriptor* d = descriptor_at(lane, index);
   DeviceDescriptor* moved = descriptor_at(lane, last);
   if (d == nullptr || moved == nullptr) return;
-  const uint32_t thread = threadIdx.x % 32;
+  const uint32_t thread = threadIdx.x % 32, raw = d->page;
   if (thread == 0) {
     lane.lane->free_slots[d->format] -= slot_shape(lane.head_dim, d->format).slots;
-    give_page(lane.batch->lease, d->page);
+    if (!aside) give_page(lane.batch->lease, raw);
   }
   __syncwarp();
   if (index == last) return;
-  if (lane.scored) {
-    const auto* from = reinterpret_cast<const uint32_t*>(scores_of(lane, moved, last));
-    reinterpret_cast<uint32_t*>(scores_of(lane, d, index))[thread] = from[thread];
+  if (lane.scored()) {
+    const auto* from = reinterpret_cast<const uint32_t*>(score_row(lane, moved, last));
+    auto* to = reinterpret_cast<uint32_t*>(score_row(lane, d, index));
+    for (uint32_t i = thread; i < kSlotsPerPageMax * lane.score_bytes / 4; i += 32) to[i] = from[i];
   }
   if (thread < 2)
     reinterpret_cast<uint4*>(d)[thread] = reinterpret_cast<const uint4*>(moved)[thread];
+  __syncwarp();
+  if (aside && thread == 0) moved->page = raw;
   __syncwarp();
 }
 
@@ -214,9 +234,10 @@ __device__ __forceinline__ void give_tables(const LaneView& lane) {
 
 }  // namespace lane_detail
 
-// Gives back the pages that drop_slots() emptied, and tables that nothing needs any more. Indices
-// of descriptors change. The lane's drops are visible to the warp.
-__device__ __forceinline__ void sweep_lane(const LaneView& lane) {
+namespace lane_detail {
+
+// Result: how many descriptors left the table.
+__device__ __forceinline__ uint32_t remove_empty(const LaneView& lane, bool aside) {
   const uint32_t before = lane.lane->pages;
   uint32_t pages = before;
   for (uint32_t end = (before + 31) / 32; end > 0; --end) {
@@ -231,17 +252,49 @@ __device__ __forceinline__ void sweep_lane(const LaneView& lane) {
       const auto bit = static_cast<uint32_t>(31 - __clz(static_cast<int32_t>(found)));
       found &= ~(1u << bit);
       pages -= 1;
-      lane_detail::remove_descriptor(lane, base + bit, pages);
+      remove_descriptor(lane, base + bit, pages, aside);
     }
   }
   __syncwarp();
-  if (pages == before) return;
+  if (pages == before) return 0;
   if (threadIdx.x % 32 == 0) {
     lane.lane->pages = pages;
     atomicSub(&lane.sequence->data_pages, before - pages);
-    lane_detail::give_tables(lane);
   }
   __syncwarp();
+  return before - pages;
+}
+
+}  // namespace lane_detail
+
+// Gives back the pages that drop_slots() emptied, and tables that nothing needs any more. Indices
+// of descriptors change. The lane's drops are visible to the warp. Requires: nothing is put aside.
+__device__ __forceinline__ void sweep_lane(const LaneView& lane) {
+  if (lane_detail::remove_empty(lane, false) == 0) return;
+  if (threadIdx.x % 32 == 0) lane_detail::give_tables(lane);
+  __syncwarp();
+}
+
+// The same for kernels that take pages: the lane's next new pages are these, and give_aside() gives
+// what is left.
+__device__ __forceinline__ void put_pages_aside(const LaneView& lane) {
+  const uint32_t removed = lane_detail::remove_empty(lane, true);
+  if (removed != 0 && threadIdx.x % 32 == 0) {
+    lane.lane->pending = static_cast<uint16_t>(lane.lane->pending + removed);
+  }
+  __syncwarp();
+}
+
+// One thread. Requires: no other kernel takes pages meanwhile.
+__device__ __forceinline__ void give_aside(const LaneView& lane) {
+  DeviceLane& header = *lane.lane;
+  const uint32_t first = header.pages, end = first + header.pending;
+  for (uint32_t i = first; i < end; ++i) {
+    const DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d != nullptr) give_page(lane.batch->lease, d->page);
+  }
+  header.pending = 0;
+  lane_detail::give_tables(lane);
 }
 
 }  // namespace thinkv::cuda

@@ -133,7 +133,7 @@ __device__ inline void add_scores(const LaneView& lane, const RowSpace& rows, ui
                                   bool begin) {
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
     const uint32_t index = rows.place[i] >> 6;
-    DeviceDescriptor* d = lane.scored ? descriptor_at(lane, index) : nullptr;
+    DeviceDescriptor* d = lane.scored() ? descriptor_at(lane, index) : nullptr;
     const float score =
         d == nullptr ? 0.0f : fp16_to_float(scores_of(lane, d, index)[rows.place[i] & 63u]);
     rows.weight[i] = exact_add(begin ? 0.0f : rows.weight[i], score);

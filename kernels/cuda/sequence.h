@@ -48,6 +48,7 @@ enum LeaseFault : uint32_t {
   kLeaseFull = 2,    // a page came back and there was no room: it is lost until the close
   kListFull = 4,     // the page list of a layer was too small: attention missed pages
   kBadMetadata = 8,  // a page id or count in a sequence's metadata was out of bounds
+  kRowsFull = 16,    // a lane held more tokens than rank rules take: they left it as it was
 };
 
 // What the end of a step tells the host, in host memory that the device maps; written by one kernel
@@ -64,7 +65,9 @@ struct Progress {
 // launch_append, which runs once a layer, has one read before it writes.
 struct TokenSite {
   uint64_t lane;  // address of the DeviceLane
-  uint64_t page;  // address of the buffer's page | kRotates | tokens in the buffer; 0: no sequence
+  uint64_t page;  // address of the buffer's page | flags | tokens in the buffer; 0: no sequence
+  static constexpr uint64_t kSums = 64;  // the lane keeps fp32 sums
+  static constexpr uint64_t kCentred = 32;
   static constexpr uint64_t kRotates = 16;
   static constexpr uint64_t kTokens = 15;
 };
@@ -85,7 +88,7 @@ struct BatchView {
   uint32_t* lane_begin;    // [layers, capacity * kv_heads + 1]
   TokenSite* sites;        // [layers, capacity * kv_heads]
   PageView* pages;         // [layers, pages_max]
-  uint16_t** score_rows;   // [layers, pages_max]
+  uint16_t** score_rows;   // [layers, pages_max] fp16, or fp32 of sequences that emit sums
   LaneSparsity* sparsity;  // [layers, capacity * kv_heads]
 };
 
@@ -96,6 +99,9 @@ struct BatchView {
 // An upper bound of what launch_prefill of one layer takes.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                      uint32_t tokens);
+// An upper bound of what launch_prefill_end takes.
+[[nodiscard]] uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                                         uint32_t tokens);
 // An upper bound of what one step takes for one sequence that has `prompt` prompt tokens and
 // `generated` tokens before the step; 0 for most steps. lane_pages_max: an upper bound of the pages
 // of any of its lanes before the step.
@@ -119,7 +125,7 @@ struct BatchView {
                                        cudaStream_t stream);
 
 // Makes `root` (a page that the lease does not hold) the root of a new, empty sequence.
-// budget_tokens: 0, none.
+// budget_tokens: 0, none; of rank rules kernels::kBudgetNone, none.
 [[nodiscard]] cudaError_t launch_open(const BatchView& view, uint32_t root,
                                       const PolicyParams& policy, uint32_t budget_tokens,
                                       bool trace_sparsity, cudaStream_t stream);
@@ -127,6 +133,12 @@ struct BatchView {
 [[nodiscard]] cudaError_t launch_prefill(const BatchView& view, uint32_t root, uint32_t layer,
                                          const void* k, const void* v, Element element,
                                          uint32_t tokens, cudaStream_t stream);
+// The centres of the layer's lanes, where the policy centres keys; launch_prefill calls it.
+[[nodiscard]] cudaError_t launch_centre(const BatchView& view, uint32_t root, uint32_t layer,
+                                        const void* k, Element element, uint32_t tokens,
+                                        cudaStream_t stream);
+// Rank rules of the prompt's end run here: they take at most prefill_end_pages(). Uses nothing of
+// the view that belongs to a step.
 [[nodiscard]] cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
                                              cudaStream_t stream);
 // Everything the sequence holds goes into the lease, its root too.
@@ -153,6 +165,10 @@ struct BatchView {
 // k, v: [capacity, kv_heads, head_dim]; rows without a sequence are not read.
 [[nodiscard]] cudaError_t launch_append(const BatchView& view, uint32_t layer, const void* k,
                                         const void* v, Element element, cudaStream_t stream);
+// After launch_attend of a layer, where the engine reads its lse and a sequence has centred keys:
+// adds what their scores lack. q, lse: as launch_attend's.
+[[nodiscard]] cudaError_t launch_centred_lse(const BatchView& view, uint32_t layer, const void* q,
+                                             Element element, float* lse, cudaStream_t stream);
 [[nodiscard]] cudaError_t launch_end(const BatchView& view, cudaStream_t stream);
 
 // The numbers of one sequence, written to device-accessible memory (SequenceNumbers).
@@ -166,6 +182,7 @@ struct SequenceNumbers {
   uint64_t budget_tokens;
   uint32_t lane_pages_max;
   uint32_t reserved;
+  uint64_t gathered_bytes;
 };
 [[nodiscard]] cudaError_t launch_numbers(const BatchView& view, uint32_t root, SequenceNumbers* out,
                                          cudaStream_t stream);

@@ -2,6 +2,7 @@
 //
 // This runs once a layer in every step, so there is one read (TokenSite) before the write; the
 // vectors are read, and the rotation is under way, meanwhile.
+#include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/codec_sites.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -28,13 +29,18 @@ struct Place {
   DeviceLane* lane;
   uint32_t count;  // tokens in the buffer before
   bool rotates;
+  bool centred;
+  bool sums;  // fp32 instead of fp16
 
   __device__ __forceinline__ explicit Place(const TokenSite& site)
-      : page(reinterpret_cast<unsigned char*>(site.page &
-                                              ~(TokenSite::kRotates | TokenSite::kTokens))),
+      : page(reinterpret_cast<unsigned char*>(
+            site.page &
+            ~(TokenSite::kSums | TokenSite::kCentred | TokenSite::kRotates | TokenSite::kTokens))),
         lane(reinterpret_cast<DeviceLane*>(site.lane)),
         count(static_cast<uint32_t>(site.page & TokenSite::kTokens)),
-        rotates((site.page & TokenSite::kRotates) != 0) {}
+        rotates((site.page & TokenSite::kRotates) != 0),
+        centred((site.page & TokenSite::kCentred) != 0),
+        sums((site.page & TokenSite::kSums) != 0) {}
   [[nodiscard]] __device__ __forceinline__ uint32_t slot() const {
     return count % kBufferPageSlots;
   }
@@ -58,6 +64,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   unsigned char* section = place.page + (is_v ? shape.v_offset : 0);
   uint4 words[kDim / 32] = {};
   if (active && is_v && place.slot() % 2 != 0) get_v_words<kDim>(section, place.slot(), words);
+  const bool centres = active && !is_v && place.centred;
+  float centre[kDim / 8];
+  if (centres) load_centre<kDim>(centre, place.page);
   const bool counts = active && threadIdx.x % kLaneThreads == 0;
   const uint32_t live = counts ? place.lane->live : 0;
 
@@ -67,6 +76,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   rotate_vector<kDim>(rotated);
 #pragma unroll
   for (int i = 0; i < kDim / 8; ++i) x[i] = place.rotates ? rotated[i] : x[i];
+  if (centres) take_centre_off<kDim>(x, centre);
   uint32_t raw[kDim / 8];
   to_16_bits(raw, x, view.geometry.value_type == ValueType::kBf16);
   put_k_words<kDim>(section, place.slot(), raw, active && !is_v);
@@ -74,7 +84,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (!counts) return;
   *reinterpret_cast<uint32_t*>(place.page + shape.position_offset + place.slot() * kPositionBytes) =
       view.positions[row / view.geometry.kv_heads];
-  place.lane->buffer_score[place.count] = 0;
+  if (place.sums) {
+    place.lane->buffer_sum[place.count] = 0.0f;
+  } else {
+    place.lane->buffer_score[place.count] = 0;
+  }
   place.lane->buffer_count = place.count + 1;
   place.lane->live = live + 1;
 }

@@ -59,6 +59,27 @@ __device__ __forceinline__ void decay_scores(const LaneView& lane, float factor)
   }
 }
 
+// As scale_sums() of the host.
+__device__ __forceinline__ void scale_sums(const LaneView& lane, float factor) {
+  if (factor == 1.0f) return;
+  const uint32_t warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  for (uint32_t i = warp; i < lane.lane->pages; i += kThreads / 32) {
+    DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d == nullptr) continue;
+    float* sums = sums_of(lane, d, i);
+    for (uint32_t slot = thread; slot < kSlotsPerPageMax; slot += 32) {
+      if (((d->live >> slot) & 1u) != 0) sums[slot] = exact_mul(sums[slot], factor);
+    }
+  }
+}
+
+// What the lane's pages hold loses a share.
+__device__ __forceinline__ void decay_numbers(const LaneView& lane) {
+  const PolicyParams& p = lane.sequence->policy;
+  if (lane.score_bytes == 2) decay_scores(lane, p.score_decay);
+  if (lane.score_bytes == 4 && p.score_kind == ScoreKind::kDecayed) scale_sums(lane, p.score_decay);
+}
+
 // A token's halves as they lie in the buffer, two to a register. Read before the token's place is
 // looked for: both take as long as a chain of reads does, and neither needs the other.
 template <int kDim>
@@ -132,21 +153,22 @@ __device__ void flush_lane(const LaneView& lane, const FlushFormats& formats, Fl
   BufferedToken<kDim> source;
   read_halves<kDim, true>(source.k, page, token % kBufferPageSlots);
   read_halves<kDim, false>(source.v, page + wide.v_offset, token % kBufferPageSlots);
-  if (lane.scored) decay_scores(lane, p.score_decay);
+  decay_numbers(lane);
   __syncthreads();
   const uint32_t first = shared.positions[0];
   const bool split = formats.sink != formats.thought && first < p.sink_tokens;
   const uint32_t sinks = split ? min(count, p.sink_tokens - first) : 0;
   if (threadIdx.x < 32) {
-    const uint16_t* scores = lane.scored ? lane.lane->buffer_score : nullptr;
+    const unsigned char* scores = nullptr;
+    if (lane.scored()) scores = reinterpret_cast<const unsigned char*>(lane.lane->buffer_sum);
     uint32_t reused = 0;
     if (sinks > 0) {
       reused += place_tokens(lane, {formats.sink, shared.positions, scores, sinks, shared.places});
     }
     if (count > sinks) {
       reused += place_tokens(lane, {formats.thought, shared.positions + sinks,
-                                    scores == nullptr ? nullptr : scores + sinks, count - sinks,
-                                    shared.places + sinks});
+                                    scores == nullptr ? nullptr : scores + sinks * lane.score_bytes,
+                                    count - sinks, shared.places + sinks});
     }
     if (threadIdx.x == 0) {
       // The tokens were counted when they came; they have moved, not doubled.
@@ -194,12 +216,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksMin<kDim>)
   }
   DeviceSequence* sequence = sequence_at(view, view.roots[row]);
   if (sequence == nullptr) return;
-  const uint32_t closing = sequence->closing, flushing = sequence->flushing;
-  if (params.when == FlushWhen::kClosing && part == 0 && threadIdx.x == 0) {
+  const uint32_t flushing = sequence->flushing;
+  const bool early = (sequence->closing != 0) | ((sequence->rank_step & kRankFlushesFirst) != 0);
+  if (params.when == FlushWhen::kFirst && part == 0 && threadIdx.x == 0) {
     count_step(view, sequence);
   }
-  const bool due =
-      params.when == FlushWhen::kClosing ? closing != 0 : (closing == 0) & (flushing != 0);
+  const bool due = params.when == FlushWhen::kFirst ? early : !early & (flushing != 0);
   if (!due) return;
   const FlushFormats formats = formats_of(view, sequence);
   if (!formats.good) {

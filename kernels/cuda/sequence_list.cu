@@ -4,8 +4,10 @@
 // Tables change at the end of a step only, so the lists of all layers are made here at once, with
 // all the parallelism that there is. Three launches: a thread a lane finds and counts, a block a
 // layer adds up, a warp a lane lists.
+#include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/rank_step.cuh"
 #include "kernels/cuda/step.cuh"
 
 namespace thinkv::cuda {
@@ -20,14 +22,32 @@ constexpr uint32_t kListWarps = 4;  // of a block
 struct StepFlags {
   bool closing;
   bool emitting;
+  uint32_t rank;  // RankStep
 };
 
 __device__ StepFlags flags_of(const BatchView& view, DeviceSequence* sequence) {
   const policy::Segment* open = open_segment(view, sequence);
   const PolicyParams& p = sequence->policy;
+  const bool closing = open != nullptr && sequence->tokens + 1 - open->start >= p.segment_tokens;
+  if (p.evict == EvictRule::kRank) {
+    const policy::Moment moment = rank_moment(sequence, 1);
+    const bool measures = sequence->score_bytes != 0 && policy::measures(p, moment);
+    return {closing, measures, rank_plan(p, moment)};
+  }
   const uint32_t every = p.score_every == 0 ? 1 : p.score_every;
-  return {open != nullptr && sequence->tokens + 1 - open->start >= p.segment_tokens,
-          sequence->scored != 0 && sequence->counters.steps % every == 0};
+  return {closing, sequence->score_bytes != 0 && sequence->counters.steps % every == 0, 0};
+}
+
+// What the first layer's block notes in the sequence.
+__device__ void note_step(const BatchView& view, DeviceSequence* sequence, const StepFlags& flags) {
+  const LaneView first = lane_view(view, sequence, 0);
+  const bool full = first.lane != nullptr && first.lane->buffer_count + 1 >= kBufferTokens;
+  sequence->closing = flags.closing ? 1 : 0;
+  sequence->emitting = flags.emitting ? 1 : 0;
+  sequence->flushing = flags.closing || full ? 1 : 0;
+  sequence->rank_step = flags.rank;
+  sequence->over_budget = 0;
+  if ((flags.rank & kRankClears) != 0) sequence->window_queries = 0;
 }
 
 __device__ bool is_label_layer(const PolicyParams& policy, uint32_t layer) {
@@ -45,18 +65,12 @@ __device__ void begin_row(const BatchView& view, uint32_t row, uint32_t layer) {
   if (sequence != nullptr) {
     position = sequence->tokens;
     const StepFlags flags = flags_of(view, sequence);
-    if (flags.emitting) emit |= kEmitScores;
+    if (flags.emitting) emit |= sequence->score_bytes == 4 ? kEmitSums : kEmitScores;
     if (sequence->trace_sparsity != 0 ||
         (flags.closing && is_label_layer(sequence->policy, layer))) {
       emit |= kEmitSparsity;
     }
-    if (layer == 0) {
-      const LaneView first = lane_view(view, sequence, 0);
-      const bool full = first.lane != nullptr && first.lane->buffer_count + 1 >= kBufferTokens;
-      sequence->closing = flags.closing ? 1 : 0;
-      sequence->emitting = flags.emitting ? 1 : 0;
-      sequence->flushing = flags.closing || full ? 1 : 0;
-    }
+    if (layer == 0) note_step(view, sequence, flags);
   }
   view.emit[uint64_t{layer} * view.capacity + row] = emit;
   if (layer == 0) view.positions[row] = position;
@@ -74,9 +88,11 @@ __device__ uint32_t find_lane(const BatchView& view, const LaneView& lane, Token
   }
   const auto* page = page_at(view, lane.lane->buffer_page[count / kBufferPageSlots]);
   const uint64_t rotates = lane.sequence->policy.rotate != 0 ? TokenSite::kRotates : 0;
+  const uint64_t centred = is_centred(lane.sequence) ? TokenSite::kCentred : 0;
+  const uint64_t sums = lane.score_bytes == 4 ? TokenSite::kSums : 0;
   if (page != nullptr) {
     site = {reinterpret_cast<uint64_t>(lane.lane),
-            reinterpret_cast<uint64_t>(page) | rotates | count};
+            reinterpret_cast<uint64_t>(page) | sums | rotates | centred | count};
   }
   return lane.lane->pages + buffer_pages(count + 1);
 }
@@ -177,11 +193,11 @@ struct ListEntry {
   uint32_t format;
 };
 
-// Descriptor `i` of the lane; what is not valid counts as an empty page. kScored: the policy's
-// scores lie beside the descriptors.
-template <int kDim, bool kScored>
+// Descriptor `i` of the lane; what is not valid counts as an empty page. kWidth: bytes of a slot's
+// number beside the descriptors, or 0.
+template <int kDim, uint32_t kWidth>
 [[nodiscard]] __device__ __forceinline__ ListEntry table_entry(const LaneView& lane, uint32_t i) {
-  constexpr uint32_t kPerTable = descriptors_per_page(kDim, kScored);
+  constexpr uint32_t kPerTable = descriptors_per_page(kDim, kWidth);
   const BatchView& view = *lane.batch;
   ListEntry entry{nothing(view), nullptr, static_cast<uint32_t>(Format::kF16)};
   auto* table =
@@ -196,9 +212,10 @@ template <int kDim, bool kScored>
   } else {
     raise_fault(view.lease, kBadMetadata);
   }
-  if constexpr (kScored) {
-    auto* rows = reinterpret_cast<const uint16_t*>(table + kPerTable);
-    entry.scores = const_cast<uint16_t*>(rows) + i % kPerTable * kSlotsPerPageMax;
+  if constexpr (kWidth > 0) {
+    const auto* rows = reinterpret_cast<const unsigned char*>(table + kPerTable);
+    const unsigned char* row = rows + i % kPerTable * kSlotsPerPageMax * kWidth;
+    entry.scores = const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(row));
   }
   return entry;
 }
@@ -209,7 +226,7 @@ __device__ __forceinline__ void put(const ListRun& run, uint32_t at, const ListE
 }
 
 // Lists again, format by format (list_rank). `formats`: bit f is set if the lane has pages of f.
-template <int kDim, bool kScored>
+template <int kDim, uint32_t kWidth>
 __device__ void list_by_format(const LaneView& lane, const ListRun& run, uint32_t pages,
                                uint32_t formats) {
   constexpr uint32_t kWide =
@@ -222,7 +239,7 @@ __device__ void list_by_format(const LaneView& lane, const ListRun& run, uint32_
     left &= ~(1u << format);
     for (uint32_t base = 0; base < pages; base += 32) {
       ListEntry entry{};
-      if (base + thread < pages) entry = table_entry<kDim, kScored>(lane, base + thread);
+      if (base + thread < pages) entry = table_entry<kDim, kWidth>(lane, base + thread);
       const bool mine = base + thread < pages && entry.format == format;
       const uint32_t all = __ballot_sync(kAllLanes, mine);
       if (mine) put(run, done + static_cast<uint32_t>(__popc(all & ((1u << thread) - 1))), entry);
@@ -232,13 +249,13 @@ __device__ void list_by_format(const LaneView& lane, const ListRun& run, uint32_
 }
 
 // The descriptors of the lane.
-template <int kDim, bool kScored>
+template <int kDim, uint32_t kWidth>
 __device__ __forceinline__ void list_table_of(const LaneView& lane, const ListRun& run) {
   const uint32_t pages = min(lane.lane->pages, run.room);
   uint32_t formats = 0;
 #pragma unroll 4
   for (uint32_t i = threadIdx.x % 32; i < pages; i += 32) {
-    const ListEntry entry = table_entry<kDim, kScored>(lane, i);
+    const ListEntry entry = table_entry<kDim, kWidth>(lane, i);
     formats |= 1u << entry.format;
     put(run, i, entry);
   }
@@ -246,16 +263,30 @@ __device__ __forceinline__ void list_table_of(const LaneView& lane, const ListRu
   // Most lanes have one format, and are done.
   if ((formats & (formats - 1)) == 0) return;
   __syncwarp();  // what is listed comes before what replaces it
-  list_by_format<kDim, kScored>(lane, run, pages, formats);
+  list_by_format<kDim, kWidth>(lane, run, pages, formats);
 }
 
 template <int kDim>
 __device__ __forceinline__ void list_table(const LaneView& lane, const ListRun& run) {
-  if (lane.scored) {
-    list_table_of<kDim, true>(lane, run);
+  if (lane.score_bytes == 4) {
+    list_table_of<kDim, 4>(lane, run);
+  } else if (lane.score_bytes == 2) {
+    list_table_of<kDim, 2>(lane, run);
   } else {
-    list_table_of<kDim, false>(lane, run);
+    list_table_of<kDim, 0>(lane, run);
   }
+}
+
+// As clear_sums() of the host: a window begins.
+__device__ void clear_sums(const LaneView& lane) {
+  const uint32_t thread = threadIdx.x % 32;
+  for (uint32_t i = 0; i < lane.lane->pages; ++i) {
+    DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d == nullptr) continue;
+    float* sums = sums_of(lane, d, i);
+    for (uint32_t slot = thread; slot < kSlotsPerPageMax; slot += 32) sums[slot] = 0.0f;
+  }
+  if (thread < kBufferTokens) lane.lane->buffer_sum[thread] = 0.0f;
 }
 
 // The pages of the buffer, and empty entries where the list has room that the lane does not use.
@@ -271,7 +302,11 @@ __device__ __forceinline__ void list_buffer(const LaneView& lane, const ListRun&
       if (page != nullptr) {
         entry.live = low_slots(min(count - b * kBufferPageSlots, kBufferPageSlots));
         entry.tagged = reinterpret_cast<uint64_t>(page) | static_cast<uint64_t>(wide_format(view));
-        if (lane.scored) scores = lane.lane->buffer_score + b * kBufferPageSlots;
+        if (lane.score_bytes == 4) {
+          scores = reinterpret_cast<uint16_t*>(lane.lane->buffer_sum + b * kBufferPageSlots);
+        } else if (lane.score_bytes == 2) {
+          scores = lane.lane->buffer_score + b * kBufferPageSlots;
+        }
       }
     }
     run.pages[i] = entry;
@@ -300,6 +335,7 @@ __global__ void __launch_bounds__(kListWarps * 32)
   if (lane.lane == nullptr) return list_nothing(view, run);
   list_buffer(lane, run, lane.lane->buffer_count + 1);
   list_table<kDim>(lane, run);
+  if ((lane.sequence->rank_step & kRankClears) != 0 && lane.score_bytes == 4) clear_sums(lane);
 }
 
 }  // namespace

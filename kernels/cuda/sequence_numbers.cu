@@ -40,8 +40,11 @@ __device__ SequenceNumbers numbers_of(const DeviceSequence* s, const LaneTotals&
   n.refreshes = s->counters.refreshes;
   n.steps = s->counters.steps;
   for (uint32_t i = 0; i < kThoughtCount; ++i) n.segments[i] = s->counters.segments[i];
-  n.budget_tokens = s->policy.evict == EvictRule::kTbe ? s->budget_tokens : 0;
+  n.budget_tokens = s->policy.evict == EvictRule::kNone || s->budget_tokens == kRankBudgetNone
+                        ? 0
+                        : s->budget_tokens;
   n.lane_pages_max = lanes.pages_max;
+  n.gathered_bytes = s->gathered_bytes;
   return n;
 }
 

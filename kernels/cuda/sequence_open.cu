@@ -1,5 +1,5 @@
 // sequence_open.cu: the pages that a sequence has before its first token.
-#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/rank_step.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -26,7 +26,7 @@ __device__ void write_header(const BatchView& view, const OpenParams& params,
   sequence->softmax_scale = g.softmax_scale;
   sequence->budget_tokens = params.budget_tokens;
   sequence->trace_sparsity = params.trace_sparsity;
-  sequence->scored = keeps_scores(params.policy) ? 1 : 0;
+  sequence->score_bytes = score_bytes(params.policy);
   sequence->policy = params.policy;
   for (uint32_t& page : sequence->segment_page) page = PageId::kNoneRaw;
   sequence->segment_page[0] = take_page(view.lease);
@@ -47,6 +47,7 @@ __device__ void write_header(const BatchView& view, const OpenParams& params,
 __device__ bool write_lane(const BatchView& view, DeviceLane* lane) {
   *lane = {};
   for (uint32_t& page : lane->table) page = PageId::kNoneRaw;
+  lane->mask = policy::kMaskFull;
   lane->buffer_page[0] = take_page(view.lease);
   lane->buffer_page[1] = take_page(view.lease);
   lane->table[0] = take_page(view.lease);
@@ -93,6 +94,13 @@ __global__ void prefill_end_kernel(const __grid_constant__ BatchView view, uint3
   if (sequence == nullptr) return;
   sequence->tokens = tokens;
   sequence->prompt_tokens = tokens;
+  const PolicyParams& p = sequence->policy;
+  if (p.evict == EvictRule::kRank) {
+    // No engine gives the device the prompt's queries: the rules that look at them wait.
+    sequence->query_wait = policy::any_waits_for_queries(p) ? 1 : 0;
+    sequence->rank_step = rank_plan(p, rank_moment(sequence, 0));
+    sequence->over_budget = 0;
+  }
   policy::Segment* first = segment_at(view, sequence, 0);
   if (first != nullptr) first->start = tokens;
 }
@@ -116,7 +124,10 @@ cudaError_t launch_open(const BatchView& view, uint32_t root, const PolicyParams
 
 cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
                                cudaStream_t stream) {
-  return launch(prefill_end_kernel, {.blocks = 1, .threads = 1}, stream, view, root, tokens);
+  const cudaError_t ended =
+      launch(prefill_end_kernel, {.blocks = 1, .threads = 1}, stream, view, root, tokens);
+  if (ended != cudaSuccess) return ended;
+  return launch_prompt_rules(view, root, stream);
 }
 
 cudaError_t launch_budget(const BatchView& view, uint32_t root, uint32_t budget_tokens,

@@ -4,6 +4,7 @@
 // sink format, all others pages of the prompt's format, in order. A first kernel takes the pages
 // and writes their descriptors, a second one encodes: a block a page, in shared memory, so that a
 // page is written once and whole.
+#include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/rotate.cuh"
@@ -105,10 +106,11 @@ __device__ bool write_descriptor(const LaneView& lane, uint32_t index, const Pro
         .reserved0 = 0,
         .first_position = page.first,
         .last_position = page.first + page.count - 1,
-        .reserved1 = 0};
-  if (!lane.scored) return true;
-  auto* scores = reinterpret_cast<uint4*>(scores_of(lane, d, index));
-  for (uint32_t i = 0; i < score_row_bytes() / 16; ++i) scores[i] = make_uint4(0, 0, 0, 0);
+        .marks = 0};
+  if (!lane.scored()) return true;
+  auto* scores = reinterpret_cast<uint4*>(score_row(lane, d, index));
+  const uint32_t words = kSlotsPerPageMax * lane.score_bytes / 16;
+  for (uint32_t i = 0; i < words; ++i) scores[i] = make_uint4(0, 0, 0, 0);
   return true;
 }
 
@@ -145,10 +147,14 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
   atomicAdd(&sequence->data_pages, split.pages);
 }
 
-// The vectors of one page, K and V, into the image `page` in shared memory.
+// The vectors of one page, K and V, into the image `page` in shared memory. centre_page: a page of
+// the lane's buffer where its keys are centred, else null.
 template <int kDim>
 __device__ void encode_page(const BatchView& view, const PrefillParams& params, bool rotate,
-                            uint32_t head, const PromptPage& from, unsigned char* page) {
+                            const unsigned char* centre_page, uint32_t head, const PromptPage& from,
+                            unsigned char* page) {
+  float centre[kDim / 8] = {};
+  if (centre_page != nullptr) load_centre<kDim>(centre, centre_page);
   const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(from.format));
   const uint32_t quarter = threadIdx.x / 8;
   for (uint32_t base = 0; base < from.count; base += kThreads / 8) {
@@ -160,6 +166,7 @@ __device__ void encode_page(const BatchView& view, const PrefillParams& params, 
     float x[kDim / 8];
     load_row<kDim>(x, params.k, params.element, row, active);
     if (rotate) rotate_vector<kDim>(x);
+    if (centre_page != nullptr) take_centre_off<kDim>(x, centre);
     encode_vector<kDim, true>(
         x, from.format, vector_place<kDim, true>(page, shape, coding_of<true>(from.format), place),
         active);
@@ -195,7 +202,9 @@ __global__ void __launch_bounds__(kThreads)
       image[w] = make_uint4(0, 0, 0, 0);
     }
     __syncthreads();
-    encode_page<kDim>(view, params, sequence->policy.rotate != 0, head,
+    const bool centred = sequence->policy.centre != 0;
+    const unsigned char* centre = centred ? page_at(view, lane.lane->buffer_page[0]) : nullptr;
+    encode_page<kDim>(view, params, sequence->policy.rotate != 0, centre, head,
                       prompt_page(split, params.tokens, index),
                       reinterpret_cast<unsigned char*>(image));
     __syncthreads();
@@ -220,6 +229,8 @@ cudaError_t launch_prefill(const BatchView& view, uint32_t root, uint32_t layer,
                            const void* v, Element element, uint32_t tokens, cudaStream_t stream) {
   if (layer >= view.geometry.layers || tokens == 0) return cudaErrorInvalidValue;
   const PrefillParams params{k, v, element, root, layer, tokens};
+  const cudaError_t centred = launch_centre(view, root, layer, k, element, tokens, stream);
+  if (centred != cudaSuccess) return centred;
   const cudaError_t first = launch(
       pages_kernel, {.blocks = view.geometry.kv_heads, .threads = kThreads}, stream, view, params);
   if (first != cudaSuccess) return first;

@@ -1,8 +1,8 @@
 // sequence_requests.cu: what is asked of one sequence between steps: evict by position, keep
 // the newest, recode a range, close.
-#include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/lane_write.cuh"
+#include "kernels/cuda/recode.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -106,58 +106,7 @@ struct RecodeParams {
   Format format;  // kF16 and kBf16: the model's 16-bit type
 };
 
-// The tokens of one page that go to another format.
-struct RecodeShared {
-  uint32_t positions[kSlotsPerPageMax];
-  uint16_t scores[kSlotsPerPageMax];
-  uint8_t slots[kSlotsPerPageMax];
-  SlotPlace places[kSlotsPerPageMax];
-};
-
-__device__ __forceinline__ void list_tokens(const LaneView& lane, DeviceDescriptor* d,
-                                            uint32_t index, uint64_t chosen, RecodeShared& shared) {
-  const unsigned char* page = page_at(*lane.batch, d->page);
-  const SlotShape shape = slot_shape(lane.head_dim, d->format);
-  const uint32_t slot = threadIdx.x;
-  if (page == nullptr || slot >= kSlotsPerPageMax || ((chosen >> slot) & 1u) == 0) return;
-  const auto at = static_cast<uint32_t>(__popcll(chosen & low_slots(slot)));
-  shared.slots[at] = static_cast<uint8_t>(slot);
-  shared.positions[at] = position_of(page, shape.position_offset, slot);
-  shared.scores[at] = lane.scored ? scores_of(lane, d, index)[slot] : uint16_t{0};
-}
-
-// 16 tokens at a time from the page `from` to their places. Whole block.
-template <int kDim>
-__device__ void move_tokens(const RecodeShared& shared, unsigned char* from, Format old_format,
-                            Format format, uint32_t count) {
-  const SlotShape old_shape = slot_shape(kDim, static_cast<uint32_t>(old_format));
-  const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
-  for (uint32_t base = 0; base < count; base += kRecodeThreads / 8) {
-    const uint32_t token = base + threadIdx.x / 8;
-    const bool listed = token < count;
-    const uint32_t source = listed ? shared.slots[token] : 0;
-    const SlotPlace place = listed ? shared.places[token] : SlotPlace{nullptr, 0};
-    const bool active = place.page != nullptr;
-    float x[kDim / 8];
-    decode_vector<kDim, true>(
-        x, old_format,
-        vector_place<kDim, true>(from, old_shape, coding_of<true>(old_format), source));
-    encode_vector<kDim, true>(
-        x, format, vector_place<kDim, true>(place.page, shape, coding_of<true>(format), place.slot),
-        active);
-    decode_vector<kDim, false>(
-        x, old_format,
-        vector_place<kDim, false>(from, old_shape, coding_of<false>(old_format), source));
-    encode_vector<kDim, false>(
-        x, format,
-        vector_place<kDim, false>(place.page, shape, coding_of<false>(format), place.slot), active);
-    if (!active || threadIdx.x % 8 != 0) continue;
-    *reinterpret_cast<uint32_t*>(place.page + shape.position_offset + place.slot * kPositionBytes) =
-        shared.positions[token];
-  }
-}
-
-// Result: tokens of one page that were recoded. A token without a place stays where it is.
+// Result: tokens of one page that were recoded.
 template <int kDim>
 __device__ uint32_t recode_page(const LaneView& lane, uint32_t index, const RecodeParams& params,
                                 Format format, RecodeShared& shared) {
@@ -170,29 +119,7 @@ __device__ uint32_t recode_page(const LaneView& lane, uint32_t index, const Reco
     return position >= params.first && position < params.end;
   });
   if (chosen == 0) return 0;
-  const auto count = static_cast<uint32_t>(__popcll(chosen));
-  list_tokens(lane, d, index, chosen, shared);
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    // Not counted as reused, as on the host: no new token came.
-    static_cast<void>(
-        place_tokens(lane, {format, shared.positions, shared.scores, count, shared.places}));
-  }
-  __syncthreads();
-  move_tokens<kDim>(shared, page_at(*lane.batch, d->page), static_cast<Format>(d->format), format,
-                    count);
-  uint64_t dropped = chosen;
-  uint32_t moved = 0;
-  for (uint32_t i = 0; i < count; ++i) {
-    if (shared.places[i].page != nullptr) {
-      ++moved;
-    } else {
-      dropped &= ~(uint64_t{1} << shared.slots[i]);
-    }
-  }
-  __syncthreads();  // everybody has read the page and the shared arrays
-  if (threadIdx.x == 0) drop_slots(lane, d, dropped);
-  return moved;
+  return recode_slots<kDim>(lane, index, chosen, format, shared);
 }
 
 // A block a lane. Pages that it empties are given back by sweep_kernel: this one takes pages.
@@ -213,10 +140,8 @@ __global__ void __launch_bounds__(kRecodeThreads)
     moved += recode_page<kDim>(lane, i, params, format, shared);
   }
   if (threadIdx.x != 0 || moved == 0) return;
-  const VectorCoding k = coding_of<true>(format), v = coding_of<false>(format);
-  const uint32_t payload = kDim * (k.bits + v.bits) / 8 + k.scale_bytes(kDim) + v.scale_bytes(kDim);
   add_64(&sequence->counters.recoded_slots, moved);
-  add_64(&sequence->counters.recoded_bytes, uint64_t{moved} * payload);
+  add_64(&sequence->counters.recoded_bytes, uint64_t{moved} * payload_bytes<kDim>(format));
 }
 
 __global__ void sweep_kernel(const __grid_constant__ BatchView view, uint32_t root) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/device_format.h"
+#include "kernels/cuda/rank.h"
 #include "kernels/cuda/refresh.h"
 #include "kernels/cuda/sequence.h"
 #include "thinkv/internal/policy_check.h"
@@ -41,7 +42,56 @@ uint32_t sinks_among(const ModelGeometry& geometry, const PolicyParams& policy, 
 }
 
 uint32_t per_table(const ModelGeometry& geometry, const PolicyParams& policy) {
-  return descriptors_per_page(geometry.head_dim, keeps_scores(policy));
+  return descriptors_per_page(geometry.head_dim, score_bytes(policy));
+}
+
+// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes.
+uint32_t lowering_slots(const ModelGeometry& geometry, Format target) {
+  const auto payload = [&](Format format) {
+    return page_layout(format, geometry.head_dim).slot_payload_bytes();
+  };
+  uint32_t most = 0;
+  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+    const Format other = resolve(geometry, static_cast<Format>(raw));
+    if (payload(other) > payload(target)) most = std::max(most, slots_of(geometry, other));
+  }
+  return most;
+}
+
+// What the rules that fire can take in one lane of a sequence of `tokens` tokens; free slots are
+// not relied on.
+uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                    const policy::Moment& moment, uint32_t lane_pages_max, uint64_t tokens) {
+  uint64_t pages = 0;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) {
+    const RankRule& rule = policy.rules[i];
+    if (rule.action != RankAction::kRecode || !policy::fires(policy, rule, moment)) continue;
+    const Format target = resolve(geometry, rule.recode_format);
+    // A flush of this step may bring 16 tokens more than the pages held.
+    const uint64_t held =
+        uint64_t{lane_pages_max} * lowering_slots(geometry, target) + kBufferTokens;
+    pages += divide_up(std::min(held, tokens), slots_of(geometry, target));
+  }
+  return static_cast<uint32_t>(pages);
+}
+
+// Tables that a lane can grow by where it gets `more` pages.
+uint32_t more_tables(const ModelGeometry& geometry, const PolicyParams& policy,
+                     uint32_t lane_pages_max, uint64_t more) {
+  const uint32_t each = per_table(geometry, policy);
+  if (uint64_t{lane_pages_max} + more <= each) return 0;
+  return divide_up(more, each) + 1;
+}
+
+// Rules of the prompt's end wait for the first steps: no engine gives the device queries.
+bool waits(const PolicyParams& policy, uint32_t prompt, uint32_t generated) {
+  return prompt > 0 && policy::any_waits_for_queries(policy) && generated <= policy.score_window;
+}
+
+uint32_t rank_step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
+                         uint32_t generated, uint32_t lane_pages_max) {
+  const policy::Moment moment{.generated = generated, .waiting = waits(policy, prompt, generated)};
+  return rule_pages(geometry, policy, moment, lane_pages_max, uint64_t{prompt} + generated);
 }
 
 }  // namespace
@@ -61,8 +111,21 @@ uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy
   return geometry.kv_heads * (pages + tables - 1);
 }
 
-uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
-                    uint32_t generated, uint32_t lane_pages_max) {
+uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                           uint32_t tokens) {
+  if (policy.evict != EvictRule::kRank) return 0;
+  const policy::Moment moment{.generated = 0, .waiting = policy::any_waits_for_queries(policy)};
+  const uint32_t before =
+      divide_up(prefill_pages(geometry, policy, tokens), std::max(geometry.kv_heads, 1u));
+  const uint32_t pages = rule_pages(geometry, policy, moment, before, tokens);
+  return geometry.lanes() * (pages + more_tables(geometry, policy, before, pages));
+}
+
+namespace {
+
+// Pages of a flush in one lane.
+uint32_t flush_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
+                     uint32_t generated) {
   // Segments are multiples of 16 tokens, so a closing step is one that fills the buffers.
   if ((uint64_t{generated} + 1) % kBufferTokens != 0) return 0;
   const uint32_t first = prompt + generated + 1 - kBufferTokens;
@@ -75,10 +138,25 @@ uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy, u
     pages = std::max(pages, pages_for(geometry, policy.sink_format, sinks, thought,
                                       uint64_t{kBufferTokens} - sinks));
   }
+  return pages;
+}
+
+}  // namespace
+
+uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
+                    uint32_t generated, uint32_t lane_pages_max) {
+  const uint32_t flushed = flush_pages(geometry, policy, prompt, generated);
+  uint32_t pages = flushed;
+  if (policy.evict == EvictRule::kRank) {
+    pages += rank_step_pages(geometry, policy, prompt, generated + 1, lane_pages_max);
+  }
+  if (pages == 0) return 0;
+  const bool closing = (uint64_t{generated} + 1) % policy.segment_tokens == 0;
   // Every lane has a table page from the start, and no flush fills more than one.
   const bool table_may_grow = uint64_t{lane_pages_max} + pages > per_table(geometry, policy);
-  const bool closing = (uint64_t{generated} + 1) % policy.segment_tokens == 0;
-  return geometry.lanes() * (pages + (table_may_grow ? 1 : 0)) + (closing ? 1 : 0);
+  const uint32_t tables = pages > flushed ? more_tables(geometry, policy, lane_pages_max, pages)
+                                          : (table_may_grow ? 1 : 0);
+  return geometry.lanes() * (pages + tables) + (closing ? 1 : 0);
 }
 
 uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
@@ -96,8 +174,52 @@ uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
   return geometry.lanes() * (pages + tables - 1);
 }
 
+namespace {
+
+// Rules read rows of lanes: all but those of a policy that never has a budget.
+bool ranks_rows(const PolicyParams& policy) {
+  return policy.evict == EvictRule::kRank;
+}
+
+}  // namespace
+
 uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
-  return kTablePagesMax * per_table(geometry, policy);
+  const uint32_t held = kTablePagesMax * per_table(geometry, policy);
+  if (!ranks_rows(policy)) return held;
+  // Rules rank the tokens of a lane in the memory of a block.
+  uint32_t slots = slots_of(geometry, policy.prompt_format);
+  slots = std::max<uint32_t>(slots, slots_of(geometry, policy.sink_format));
+  for (const Format format : policy.thought_format) {
+    slots = std::max(slots, slots_of(geometry, format));
+  }
+  for (uint32_t i = 0; i < policy.rule_count; ++i) {
+    if (policy.rules[i].action != RankAction::kRecode) continue;
+    slots = std::max(slots, slots_of(geometry, policy.rules[i].recode_format));
+  }
+  return std::min(held, (rank_rows_max(policy, geometry.head_dim) - 1) / slots);
+}
+
+const char* rank_unsupported(const PolicyParams& policy) {
+  for (uint32_t i = 0; i < policy.rule_count; ++i) {
+    const RankRule& rule = policy.rules[i];
+    switch (rule.budget) {
+      case BudgetRule::kFixed:
+      case BudgetRule::kPyramid:
+      case BudgetRule::kBytes:
+      case BudgetRule::kShared:
+      case BudgetRule::kSplit:
+      case BudgetRule::kMaxDrop:
+      case BudgetRule::kThreshold:
+      case BudgetRule::kFirstFit:
+        break;
+      case BudgetRule::kGroups:
+        return "budget.rule: groups runs on the host backend only so far";
+    }
+    if (rule.select == RankSelect::kMedoids) {
+      return "select.rule: medoids runs on the host backend only so far";
+    }
+  }
+  return nullptr;
 }
 
 Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
@@ -110,8 +232,14 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
     return make_error(kUnsupported, reason);
   }
   if (policy.evict == EvictRule::kRank) {
-    return make_error(kUnsupported,
-                      "the policy has rank rules, which run on the host backend only so far");
+    if (const char* const reason = rank_unsupported(policy)) {
+      return make_error(kUnsupported, reason);
+    }
+    for (uint32_t i = 0; i < policy.rule_count; ++i) {
+      if (policy.rules[i].budget != BudgetRule::kShared) continue;
+      if (geometry.kv_heads <= kSharedHeadsMax) continue;
+      return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
+    }
   }
   if (policy.entropy.on() || policy.tier.on()) {
     return make_error(kUnsupported,

@@ -1,7 +1,8 @@
 // sequence_step.cu: the end of a step. Before it are sequence_list.cu (begin), sequence_append.cu
 // and attention; in it sequence_flush.cu and the refresh.
-#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/lane_write.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/rank.h"
 #include "kernels/cuda/refresh.h"
 #include "kernels/cuda/step.cuh"
 
@@ -13,7 +14,7 @@ constexpr uint32_t kFinishBlocks = 264;
 
 __device__ void tell_progress(const BatchView& view, const StepTotals* totals) {
   Progress* progress = view.progress;
-  progress->used_total = view.lease->used_total;
+  progress->used_total = __ldcg(&view.lease->used_total);
   progress->faults = view.lease->faults;
   progress->lane_pages_max = __ldcg(&totals->pages_max);
   progress->live_slots = __ldcg(&totals->live);
@@ -34,6 +35,7 @@ __global__ void finish_kernel(const __grid_constant__ BatchView view) {
     if (lane.lane == nullptr) continue;
     live += lane.lane->live;
     pages_max = max(pages_max, lane.lane->pages);
+    if (lane.lane->pending != 0) give_aside(lane);
   }
   for (uint32_t x = 16; x > 0; x /= 2) {
     live += __shfl_xor_sync(kAllLanes, live, x);
@@ -43,8 +45,8 @@ __global__ void finish_kernel(const __grid_constant__ BatchView view) {
   if (threadIdx.x % 32 == 0) {
     add_64(&totals->live, live);
     atomicMax(&totals->pages_max, pages_max);
-    __threadfence();
   }
+  __threadfence();
   __syncthreads();
   if (threadIdx.x != 0 || atomicAdd(&totals->done, 1u) + 1 < gridDim.x) return;
   __threadfence();
@@ -54,8 +56,9 @@ __global__ void finish_kernel(const __grid_constant__ BatchView view) {
 }  // namespace
 
 cudaError_t launch_end(const BatchView& view, cudaStream_t stream) {
-  cudaError_t error = launch_flush(view, FlushWhen::kClosing, stream);
+  cudaError_t error = launch_flush(view, FlushWhen::kFirst, stream);
   if (error == cudaSuccess) error = launch_refresh(view, stream);
+  if (error == cudaSuccess) error = launch_rank(view, stream);
   if (error == cudaSuccess) error = launch_flush(view, FlushWhen::kFull, stream);
   if (error != cudaSuccess) return error;
   const uint64_t lanes = uint64_t{view.capacity} * view.geometry.lanes();

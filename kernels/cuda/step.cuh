@@ -23,11 +23,12 @@ struct StepTotals {
 };
 static_assert(sizeof(StepTotals) <= sizeof(PageView));
 
-// The two flushes of launch_end(). The host flushes a closing sequence before its refresh, and a
-// buffer that is merely full when the next token comes, which is after the budget was enforced.
+// The two flushes of launch_end(). The host flushes a sequence before its refresh where a segment
+// closes or rank rules fire, and a buffer that is merely full when the next token comes, which is
+// after the budget was enforced.
 enum class FlushWhen : uint32_t {
-  kClosing,  // before the refresh; counts the step in tokens, steps and segments
-  kFull,     // after the refresh
+  kFirst,  // before the refresh; counts the step in tokens, steps and segments
+  kFull,   // after the refresh
 };
 [[nodiscard]] cudaError_t launch_flush(const BatchView& view, FlushWhen when, cudaStream_t stream);
 

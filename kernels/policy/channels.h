@@ -24,8 +24,8 @@ inline void add_energy(std::span<const float> rows, std::span<float> sums) {
 }
 
 // Bits of the `keep` channels with the most energy; of equals the lower channel. `queries` empty:
-// by the keys alone. What is
-// not a number counts as the most. Requires: room for as many bits as `keys` has channels.
+// by the keys alone. What is not a number counts as the most. Requires: room for as many bits as
+// `keys` has channels.
 inline void choose_channels(std::span<const float> keys, std::span<const float> queries,
                             uint32_t keep, std::span<uint64_t> bits) {
   THINKV_CHECK(keep <= keys.size() && bits.size() * 64 >= keys.size());

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 
+#include "kernels/policy/exact_exp.h"
 #include "thinkv/internal/rank_rule.h"
 
 namespace thinkv::policy {
@@ -78,7 +79,7 @@ inline void softmax_rows(std::span<float> x) {
   for (const float value : x) most = std::max(most, value);
   float sum = 0.0f;
   for (float& value : x) {
-    value = std::exp(value - most);
+    value = exact_exp(value - most);
     sum += value;
   }
   for (float& value : x) value /= sum;

@@ -20,29 +20,15 @@ struct TokenBlock {
   std::array<std::byte, size_t{kSlotsPerPageMax} * sizeof(float)> scores;
 };
 
-// Decodes row by row, but neighbours on one page in one call.
 void load_rows(const SequenceState& state, const Lane& lane, TokenBlock& block) {
-  const size_t dim = state.geometry.head_dim;
+  lane.decode(block.rows, block.k, block.v);
   const uint32_t width = state.store.score_bytes();
-  std::array<uint8_t, kSlotsPerPageMax> slots;
-  for (size_t first = 0; first < block.rows.size();) {
-    const PageDescriptor& page = lane.pages()[block.rows[first].page];
-    uint32_t count = 0;
-    for (size_t i = first; i < block.rows.size(); ++i, ++count) {
-      const SlotRow& row = block.rows[i];
-      if (row.page != block.rows[first].page) break;
-      slots[count] = static_cast<uint8_t>(row.slot);
-      block.positions[i] = row.position;
-      if (!state.store.scored) continue;
-      std::memcpy(block.scores.data() + i * width, lane.score_of(page, row.slot), width);
-    }
-    state.kernels.decode({.page = state.pages.address(page.page),
-                          .format = static_cast<Format>(page.format),
-                          .head_dim = state.geometry.head_dim,
-                          .slots = {slots.data(), count},
-                          .k = block.k + first * dim,
-                          .v = block.v + first * dim});
-    first += count;
+  for (size_t i = 0; i < block.rows.size(); ++i) {
+    const SlotRow& row = block.rows[i];
+    block.positions[i] = row.position;
+    if (!state.store.scored) continue;
+    std::memcpy(block.scores.data() + i * width, lane.score_of(lane.pages()[row.page], row.slot),
+                width);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "kernels/sequence/prompt.h"
 #include "kernels/sequence/sequence_state.h"
 #include "thinkv/internal/check.h"
 
@@ -67,19 +68,9 @@ void code_layer(SequenceState& state, uint32_t layer, uint32_t count, Load load)
 // The 64 tokens from `first` on, from the pages of a lane. Result: false where one is not there.
 bool load_from_pages(SequenceState& state, uint32_t lane_index, uint32_t first) {
   const Lane lane = state.lane(lane_index);
-  const uint32_t dim = state.geometry.head_dim;
   std::array<SlotRow, kBlockTokens> rows;
   if (lane.gather(first, first + kBlockTokens, rows) != kBlockTokens) return false;
-  for (uint32_t i = 0; i < kBlockTokens; ++i) {
-    const PageDescriptor& page = lane.pages()[rows[i].page];
-    const auto slot = static_cast<uint8_t>(rows[i].slot);
-    state.kernels.decode({.page = state.pages.address(page.page),
-                          .format = static_cast<Format>(page.format),
-                          .head_dim = dim,
-                          .slots = {&slot, 1},
-                          .k = state.k_rows.data() + size_t{i} * dim,
-                          .v = state.v_rows.data() + size_t{i} * dim});
-  }
+  lane.decode(rows, state.k_rows.data(), state.v_rows.data());
   return true;
 }
 
@@ -134,17 +125,9 @@ void keep_codebooks(SequenceState& state, uint32_t layer) {
 }
 
 void code_prompt(SequenceState& state, uint32_t layer, const PromptRows& rows, uint32_t tokens) {
-  const uint32_t dim = state.geometry.head_dim;
-  const size_t stride = size_t{state.geometry.kv_heads} * dim;
   code_layer(state, layer, tokens / kBlockTokens, [&](uint32_t head, uint32_t block) {
-    for (uint32_t i = 0; i < kBlockTokens; ++i) {
-      const size_t from = (size_t{block} * kBlockTokens + i) * stride + size_t{head} * dim;
-      std::copy_n(rows.k + from, dim, state.k_rows.data() + size_t{i} * dim);
-      std::copy_n(rows.v + from, dim, state.v_rows.data() + size_t{i} * dim);
-    }
-    if (state.policy().rotate == 0) return;
-    state.kernels.rotate(state.k_rows.data(), kBlockTokens, dim);
-    state.kernels.rotate(state.v_rows.data(), kBlockTokens, dim);
+    load_prompt(state, rows, state.lane_index(layer, head), block * kBlockTokens, kBlockTokens,
+                state.k_rows.data(), state.v_rows.data());
   });
 }
 

@@ -19,6 +19,7 @@ namespace thinkv::kernels {
 
 class SequenceState;
 struct AttendScratch;
+struct PromptRows;
 
 // Blocks of one lane that are coded and not written yet.
 struct PendingBlocks {
@@ -33,12 +34,6 @@ struct CodingWork {
   std::vector<PendingBlocks> pending;                  // by lane
   std::vector<BlockCodes> blocks;                      // of one layer
   bool due = false;                                    // this step writes a block of each lane
-};
-
-// K and V of a prompt: [tokens, kv_heads, head_dim].
-struct PromptRows {
-  const float* k;
-  const float* v;
 };
 
 // How many tokens of a sequence of `tokens` belong into streams: whole blocks.

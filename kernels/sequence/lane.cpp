@@ -260,4 +260,24 @@ uint32_t Lane::gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) con
   return count;
 }
 
+void Lane::decode(std::span<const SlotRow> rows, float* k, float* v) const {
+  std::array<uint8_t, kSlotsPerPageMax> slots;
+  for (size_t first = 0; first < rows.size();) {
+    const PageDescriptor& page = pages_[rows[first].page];
+    uint32_t count = 0;
+    for (size_t i = first; i < rows.size() && rows[i].page == rows[first].page; ++i, ++count) {
+      THINKV_CHECK(count < kSlotsPerPageMax);
+      slots[count] = static_cast<uint8_t>(rows[i].slot);
+    }
+    const size_t row = first * store_->head_dim;
+    store_->kernels->decode({.page = store_->pages->address(page.page),
+                             .format = static_cast<Format>(page.format),
+                             .head_dim = store_->head_dim,
+                             .slots = {slots.data(), count},
+                             .k = k + row,
+                             .v = v + row});
+    first += count;
+  }
+}
+
 }  // namespace thinkv::kernels

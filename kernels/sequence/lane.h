@@ -15,6 +15,9 @@
 
 namespace thinkv::kernels {
 
+inline constexpr Error kLaneFull =
+    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
+
 // What all lanes of a sequence share. Borrowed: everything outlives the Lane.
 struct LaneStore {
   Pages* pages;
@@ -82,6 +85,9 @@ class Lane {
   // Live slots with first <= position < end, ascending by position. The buffer is not in the
   // table. Result: how many. Requires: rows.size() is enough.
   [[nodiscard]] uint32_t gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) const;
+
+  // Rows k, v [rows, head_dim] of live slots; neighbours on one page in one call of the kernel.
+  void decode(std::span<const SlotRow> rows, float* k, float* v) const;
 
   [[nodiscard]] uint32_t position(const PageDescriptor& page, uint32_t slot) const;
   // fp16 [slots]. Requires: the store is scored, without sums.

@@ -1,16 +1,15 @@
 #include "kernels/sequence/prompt.h"
 
 #include <algorithm>
+#include <numeric>
 
+#include "kernels/policy/centre.h"
 #include "kernels/sequence/coding.h"
 #include "kernels/sequence/tiering.h"
 #include "thinkv/internal/check.h"
 
 namespace thinkv::kernels {
 namespace {
-
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
 
 // New pages of a lane for the ranges; both in one format share pages.
 uint32_t new_pages(const Lane& lane, const PromptPlan& plan) {
@@ -28,24 +27,15 @@ Format larger_format(const PromptPlan& plan, uint32_t head_dim) {
 }
 
 // Tokens of one kv head of k and v, in chunks of a page at most.
-void write_range(SequenceState& state, Lane lane, const PromptRange& range, const PromptRows& rows,
-                 uint32_t head) {
-  const uint32_t dim = state.geometry.head_dim;
-  const size_t stride = size_t{state.geometry.kv_heads} * dim;
+void write_range(SequenceState& state, uint32_t index, const PromptRange& range,
+                 const PromptRows& rows) {
+  Lane lane = state.lane(index);
   std::array<uint32_t, kSlotsPerPageMax> positions;
   for (uint32_t done = 0; done < range.count;) {
     const uint32_t chunk = std::min(range.count - done, kSlotsPerPageMax);
-    for (uint32_t i = 0; i < chunk; ++i) {
-      const size_t token = size_t{range.first} + done + i;
-      const size_t from = token * stride + size_t{head} * dim;
-      std::copy_n(rows.k + from, dim, state.k_rows.data() + size_t{i} * dim);
-      std::copy_n(rows.v + from, dim, state.v_rows.data() + size_t{i} * dim);
-      positions[i] = static_cast<uint32_t>(token);
-    }
-    if (state.policy().rotate != 0) {
-      state.kernels.rotate(state.k_rows.data(), chunk, dim);
-      state.kernels.rotate(state.v_rows.data(), chunk, dim);
-    }
+    const uint32_t first = range.first + done;
+    std::iota(positions.begin(), positions.begin() + chunk, first);
+    load_prompt(state, rows, index, first, chunk, state.k_rows.data(), state.v_rows.data());
     const TokenRows written{.k = state.k_rows.data(),
                             .v = state.v_rows.data(),
                             .positions = positions.data(),
@@ -53,6 +43,22 @@ void write_range(SequenceState& state, Lane lane, const PromptRange& range, cons
                             .count = chunk};
     THINKV_CHECK(lane.write(range.format, written) == 0);  // a lane without evicted slots
     done += chunk;
+  }
+}
+
+// The sinks are left out: their keys are far from all others, and few.
+void centre_layer(SequenceState& state, uint32_t layer, const float* k, uint32_t tokens) {
+  const uint32_t dim = state.geometry.head_dim;
+  const size_t stride = size_t{state.geometry.kv_heads} * dim;
+  const uint32_t first = std::min(state.policy().sink_tokens, tokens);
+  for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
+    const float* const keys = k + first * stride + size_t{head} * dim;
+    float* const mean = state.k_rows.data();
+    for (uint32_t d = 0; d < dim; ++d) {
+      mean[d] = policy::channel_mean(keys + d, stride, tokens - first);
+    }
+    if (state.policy().rotate != 0) state.kernels.rotate(mean, 1, dim);
+    state.centres.set(state.centre_table(), state.lane_index(layer, head), {mean, dim});
   }
 }
 
@@ -72,6 +78,19 @@ Status reserve_layer(SequenceState& state, uint32_t layer, const PromptPlan& pla
 }
 
 }  // namespace
+
+void load_prompt(const SequenceState& state, const PromptRows& rows, uint32_t lane, uint32_t first,
+                 uint32_t count, float* k, float* v) {
+  const uint32_t dim = state.geometry.head_dim;
+  const size_t stride = size_t{state.geometry.kv_heads} * dim;
+  const uint32_t head = lane % state.geometry.kv_heads;
+  for (uint32_t i = 0; i < count; ++i) {
+    const size_t from = (size_t{first} + i) * stride + size_t{head} * dim;
+    std::copy_n(rows.k + from, dim, k + size_t{i} * dim);
+    std::copy_n(rows.v + from, dim, v + size_t{i} * dim);
+  }
+  state.condition(lane, k, v, count);
+}
 
 PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t tokens) {
   const PolicyParams& p = state.policy();
@@ -109,6 +128,7 @@ Status prefill_layer(SequenceState& state, uint32_t layer, const float* k, const
   THINKV_TRY(require_tier_room(state, layer, plan.tier.count));
   if (plan.coded > 0) code_prompt(state, layer, rows, plan.coded);
   THINKV_TRY(reserve_layer(state, layer, plan));
+  if (state.policy().centre != 0) centre_layer(state, layer, k, tokens);
   if (plan.coded > 0) keep_codebooks(state, layer);
   if (plan.tier.count > 0) put_into_tier(state, layer, rows, plan.tier);
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
@@ -116,7 +136,7 @@ Status prefill_layer(SequenceState& state, uint32_t layer, const float* k, const
     Lane lane = state.lane(index);
     lane.grow_for(new_pages(lane, plan));
     if (plan.coded > 0) write_pending(state, index);
-    for (const PromptRange& range : plan.pages) write_range(state, lane, range, rows, head);
+    for (const PromptRange& range : plan.pages) write_range(state, index, range, rows);
     lane.header().live_prompt = tokens - plan.tier.count;
   }
   state.coding.blocks.clear();

@@ -8,6 +8,12 @@
 
 namespace thinkv::kernels {
 
+// K and V of a prompt: [tokens, kv_heads, head_dim].
+struct PromptRows {
+  const float* k;
+  const float* v;
+};
+
 struct PromptRange {
   uint32_t first = 0;
   uint32_t count = 0;
@@ -20,6 +26,10 @@ struct PromptPlan {
   std::array<PromptRange, 2> pages;  // in the order in which they are written
   PromptRange tier;
 };
+
+// Tokens first .. first + count - 1 of a lane to k, v [count, head_dim], as the lane keeps them.
+void load_prompt(const SequenceState& state, const PromptRows& rows, uint32_t lane, uint32_t first,
+                 uint32_t count, float* k, float* v);
 
 [[nodiscard]] PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t tokens);
 

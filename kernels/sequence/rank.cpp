@@ -11,9 +11,6 @@
 namespace thinkv::kernels {
 namespace {
 
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
-
 // A flush of 16 tokens in two runs adds at most this many pages of 8 slots.
 constexpr uint32_t kFlushPagesMax = kBufferTokens / kBufferPageSlots + 1;
 

@@ -70,9 +70,6 @@ void share_layer(SequenceState& state, const RankRule& rule) {
   for (uint32_t h = 0; h < heads; ++h) {
     RankHead& head = work.heads[h];
     policy::keep_best(head.score, head.fixed, places[h], work.order, head.fate);
-    if (rule.action == RankAction::kRecode) {
-      std::replace(head.fate.begin(), head.fate.end(), uint8_t{kDrop}, uint8_t{kRecode});
-    }
   }
 }
 

@@ -97,14 +97,15 @@ void size_marks(RankWork& work) {
 void choose_fates(SequenceState& state, const RankRule& rule, uint32_t layer) {
   RankWork& work = state.rank;
   size_marks(work);
-  if (rule.budget == BudgetRule::kMaxDrop || rule.select == RankSelect::kStrata) {
+  const bool shared = rule.budget == BudgetRule::kShared;
+  if (shared || rule.budget == BudgetRule::kMaxDrop || rule.select == RankSelect::kStrata) {
+    if (shared) share_layer(state, rule);
     if (rule.select == RankSelect::kStrata) keep_strata(state, rule, layer);
     if (rule.budget == BudgetRule::kMaxDrop) drop_prefix(state, rule);
     if (rule.action != RankAction::kRecode) return;
     for (RankHead& head : work.heads) recode_dropped(head);
     return;
   }
-  if (rule.budget == BudgetRule::kShared) return share_layer(state, rule);
   for (uint32_t h = 0; h < work.heads.size(); ++h) {
     RankHead& head = work.heads[h];
     if (h > 0 && state.policy().grain == SelectGrain::kLayer) {

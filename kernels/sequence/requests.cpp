@@ -11,9 +11,6 @@
 namespace thinkv::kernels {
 namespace {
 
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
-
 // Slots of `page` whose positions are in [first, end) and `wanted`.
 template <class Wanted>
 uint64_t slots_where(const Lane& lane, const PageDescriptor& page, uint32_t first, uint32_t end,

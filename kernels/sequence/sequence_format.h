@@ -17,6 +17,7 @@
 //     StreamLane.pages        -> page ids, in the order of the stream's bytes
 //     StreamLane.blocks       -> StreamBlock [], by position
 //     SequenceHeader.codebooks -> LayerCodes, by layer
+//     SequenceHeader.centres   -> CentrePiece, by lane, where the policy centres keys
 //
 // A meta page is cut into granules of 64 bytes; granule 0 is its header, the others are handed out
 // as blocks of neighbouring granules. A vector (VectorHeader) is one block of 2^n granules; where
@@ -181,7 +182,7 @@ struct SequenceHeader {
   uint32_t tier_tokens;     // of each sparse lane in the host tier: gone with the process
   VectorHeader codebooks;   // LayerCodes, by layer; empty: the policy has no streams
   uint64_t gathered_bytes;  // codes and scales that moved where the prompt was cut
-  uint8_t reserved1[16];
+  VectorHeader centres;     // CentrePiece, by lane; empty: the policy does not centre keys
 };
 static_assert(offsetof(SequenceHeader, lanes) == 64);
 static_assert(offsetof(SequenceHeader, counters) == 96);

@@ -44,6 +44,7 @@ void SequenceState::create_root(const PolicyParams& policy, bool trace_sparsity)
   SegmentTable::initialise(header->segments);
   ClassTable::initialise(header->classes);
   SharedVector<LayerCodes>::initialise(header->codebooks);
+  CentreTable::initialise(header->centres);
 }
 
 void SequenceState::push_lanes(SharedVector<LaneHeader> table) {
@@ -82,6 +83,8 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
   lane_table.add_need(geometry.lanes(), need);
   table.add_need(1, need);
   if (policy.evict == EvictRule::kRank) need.add_blocks(kRankLaneGranules, geometry.lanes());
+  const uint32_t pieces = Centres::pieces(geometry.lanes(), geometry.head_dim);
+  if (policy.centre != 0) centre_table().add_need(pieces, need);
   if (policy.entropy.on()) {
     need.add_blocks(kStreamLaneGranules, geometry.lanes());
     SharedVector<LayerCodes>(header->codebooks, heap).add_need(geometry.layers, need);
@@ -92,6 +95,7 @@ Status SequenceState::create(const PolicyParams& policy, const SequenceOptions& 
   }
   push_lanes(lane_table);
   if (policy.entropy.on()) push_codebooks();
+  if (policy.centre != 0) centres.create(centre_table(), geometry.lanes(), geometry.head_dim);
   table.grow_for(1);
   table.push({.start = 0,
               .end = policy::kOpenEnd,
@@ -117,6 +121,8 @@ bool SequenceState::adopt(PageId root) {
     if (ranked != (lane_header->rank.page != PageId::kNoneRaw)) return false;
     if (policy().entropy.on() != (lane_header->stream.page != PageId::kNoneRaw)) return false;
   }
+  const bool centred = policy().centre != 0;
+  if (centred && !centres.load(centre_table(), geometry.lanes(), geometry.head_dim)) return false;
   size_scratch();
   return !policy().entropy.on() || load_coding(*this);
 }
@@ -127,9 +133,18 @@ void SequenceState::destroy() {
   segments().destroy();
   classes().destroy();
   SharedVector<LayerCodes>(header->codebooks, heap).destroy();
+  centre_table().destroy();
   SharedVector<LaneHeader>(header->lanes, heap).destroy();
   pages.end_reservation();
   heap.destroy();
+}
+
+void SequenceState::condition(uint32_t lane, float* k, float* v, uint32_t count) const {
+  if (policy().rotate != 0) {
+    kernels.rotate(k, count, geometry.head_dim);
+    kernels.rotate(v, count, geometry.head_dim);
+  }
+  centres.take_off(lane, k, count);
 }
 
 void SequenceState::view_lanes() {

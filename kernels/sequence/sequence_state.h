@@ -10,6 +10,7 @@
 
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/buffer.h"
+#include "kernels/sequence/centre.h"
 #include "kernels/sequence/coding.h"
 #include "kernels/sequence/host_tier.h"
 #include "kernels/sequence/lane.h"
@@ -39,7 +40,11 @@ class SequenceState {
 
   [[nodiscard]] SegmentTable segments() const { return {header->segments, *store.heap}; }
   [[nodiscard]] ClassTable classes() const { return {header->classes, *store.heap}; }
+  [[nodiscard]] CentreTable centre_table() const { return {header->centres, *store.heap}; }
   [[nodiscard]] Lane lane(uint32_t index) const { return {store, *lanes[index]}; }
+  // One kv head's K and V as they came [count, head_dim] become what its lane keeps: rotated and
+  // centred where the policy says so.
+  void condition(uint32_t lane, float* k, float* v, uint32_t count) const;
   [[nodiscard]] uint32_t lane_index(uint32_t layer, uint32_t kv_head) const {
     return layer * geometry.kv_heads + kv_head;
   }
@@ -68,6 +73,7 @@ class SequenceState {
   LaneStore store;
   SequenceHeader* header = nullptr;
   std::vector<LaneHeader*> lanes;
+  Centres centres;
 
   // The step or prompt in progress.
   Phase phase = Phase::kIdle;

@@ -12,9 +12,6 @@
 namespace thinkv::kernels {
 namespace {
 
-constexpr Error kLaneFull =
-    make_error(ErrorCode::kUnsupported, "a lane cannot hold more pages: evict or use fewer bits");
-
 // The pages that one lane can need between begin_step and end_step.
 bool add_lane_need(const SequenceState& state, uint32_t lane, uint32_t& data_pages,
                    MetaNeed& need) {
@@ -79,7 +76,8 @@ void append_layer(SequenceState& state, uint32_t layer, const float* k, const fl
   const uint32_t dim = state.geometry.head_dim;
   const FlushFormats formats = state.flush_formats(layer);
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
-    LaneHeader& lane = *state.lanes[state.lane_index(layer, head)];
+    const uint32_t index = state.lane_index(layer, head);
+    LaneHeader& lane = *state.lanes[index];
     if (lane.buffer_count == kBufferTokens) {
       state.header->counters.reused_slots +=
           flush_buffer(state.store, lane, formats, state.flush_decay(), state.flush_scratch());
@@ -87,10 +85,7 @@ void append_layer(SequenceState& state, uint32_t layer, const float* k, const fl
     const size_t row = size_t{head} * dim;
     std::copy_n(k + row, dim, state.k_rows.data());
     std::copy_n(v + row, dim, state.v_rows.data());
-    if (state.policy().rotate != 0) {
-      state.kernels.rotate(state.k_rows.data(), 1, dim);
-      state.kernels.rotate(state.v_rows.data(), 1, dim);
-    }
+    state.condition(index, state.k_rows.data(), state.v_rows.data(), 1);
     append_to_buffer(state.store, lane, state.k_rows.data(), state.v_rows.data(),
                      state.header->tokens);
   }
@@ -137,6 +132,11 @@ Status attend_one_lane(const SequenceState& state, SparsityCount* sparsity, uint
                         .near_zero = state.policy().near_zero,
                         .probabilities = emit ? scratch.probabilities.data() : nullptr,
                         .reduce = static_cast<GqaReduce>(state.policy().score_reduce)});
+  if (lse != nullptr) {
+    for (uint32_t i = 0; i < group; ++i) {
+      lse[i] += state.softmax_scale * state.centres.missing(lane, &scratch.query[size_t{i} * dim]);
+    }
+  }
   if (rotate) state.kernels.rotate_back(out, group, dim);
   if (!emit) return {};
   if (state.store.sums) {

@@ -21,18 +21,10 @@ Status require_tier_room(const SequenceState& state, uint32_t layer, uint32_t to
 void put_into_tier(SequenceState& state, uint32_t layer, const PromptRows& rows,
                    const PromptRange& range) {
   const uint32_t dim = state.geometry.head_dim;
-  const size_t stride = size_t{state.geometry.kv_heads} * dim;
   std::vector<float> k(size_t{range.count} * dim), v(k.size());
   for (uint32_t head = 0; head < state.geometry.kv_heads; ++head) {
-    for (uint32_t i = 0; i < range.count; ++i) {
-      const size_t from = (size_t{range.first} + i) * stride + size_t{head} * dim;
-      std::copy_n(rows.k + from, dim, k.data() + size_t{i} * dim);
-      std::copy_n(rows.v + from, dim, v.data() + size_t{i} * dim);
-    }
-    if (state.policy().rotate != 0) {
-      state.kernels.rotate(k.data(), range.count, dim);
-      state.kernels.rotate(v.data(), range.count, dim);
-    }
+    load_prompt(state, rows, state.lane_index(layer, head), range.first, range.count, k.data(),
+                v.data());
     state.tier[state.lane_index(layer, head)].put(state.store.wide, dim, range.first, k, v);
   }
   state.header->tier_tokens = range.count;

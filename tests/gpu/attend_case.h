@@ -33,6 +33,8 @@ struct AttendCase {
   cuda::AttendShape shape{132, 16};
 
   [[nodiscard]] uint32_t lanes() const { return static_cast<uint32_t>(lengths.size()); }
+  // 16-bit words of a slot's number: 2 for sums.
+  [[nodiscard]] size_t score_halves() const { return (emit & cuda::kEmitSums) != 0 ? 2 : 1; }
   [[nodiscard]] bool emits(uint32_t lane) const { return emit != 0 && lane / kv_heads % 2 == 0; }
   [[nodiscard]] bool has(Format format) const {
     return std::find(formats.begin(), formats.end(), format) != formats.end();
@@ -91,15 +93,19 @@ struct AttendInput {
                                                           : bf16_from_float(x);
       std::memcpy(&q[i], &raw, element_bytes(c.q_element));
     }
+    scores.resize(pages.size() * kSlotsPerPageMax * c.score_halves());
     for (size_t i = 0; i < pages.size() * kSlotsPerPageMax; ++i) {
-      scores.push_back(fp16_from_float(static_cast<float>(uniform(rng))));
+      const auto x = static_cast<float>(uniform(rng));
+      const uint16_t half = fp16_from_float(x);
+      if (c.score_halves() == 2) std::memcpy(&scores[2 * i], &x, sizeof x);
+      if (c.score_halves() == 1) scores[i] = half;
     }
   }
   PageImage image;
   std::vector<ImagePage> pages;
   std::vector<uint32_t> lane_begin = {0}, query_position;
   std::vector<uint8_t> emit, q;
-  std::vector<uint16_t> scores;  // [pages][64] before the step
+  std::vector<uint16_t> scores;  // [pages][64] fp16 before the step, or fp32 in halves
 };
 
 struct AttendOutput {
@@ -108,6 +114,12 @@ struct AttendOutput {
   std::vector<uint16_t> scores;
   std::vector<cuda::LaneSparsity> sparsity;
 };
+
+[[nodiscard]] inline float sum_at(const std::vector<uint16_t>& scores, size_t at) {
+  float sum = 0.0f;
+  std::memcpy(&sum, &scores[at], sizeof sum);
+  return sum;
+}
 
 [[nodiscard]] inline float softmax_scale(uint32_t head_dim) {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
@@ -122,7 +134,7 @@ AttendOutput run_case(const AttendCase& c, const AttendInput& in, const Finish& 
   std::vector<uint16_t*> score_rows;
   const Array<uint16_t> scores(in.scores);
   for (const ImagePage& page : in.pages) {
-    score_rows.push_back(scores.data + score_rows.size() * kSlotsPerPageMax);
+    score_rows.push_back(scores.data + score_rows.size() * kSlotsPerPageMax * c.score_halves());
     views.push_back(page.view(image.data, c.head_dim));
   }
   const Array<cuda::PageView> pages(views);
@@ -268,6 +280,32 @@ struct Bounds {
   double value, cosine, lse;
 };
 
+// What emission made of a lane's scores, or of its sums.
+inline void compare_scores(const AttendCase& c, const AttendInput& in, const AttendOutput& got,
+                           uint32_t lane, const LaneAnswer& want, Worst& worst) {
+  const Bounds bounds(c);
+  const bool scores = c.emits(lane) && (c.emit & (cuda::kEmitScores | cuda::kEmitSums)) != 0;
+  const uint32_t first = in.lane_begin[lane] * kSlotsPerPageMax;
+  for (uint32_t i = 0; i < want.probabilities.size(); ++i) {
+    const ImagePage& page = in.pages[(first + i) / kSlotsPerPageMax];
+    const bool touched = scores && ((page.live >> (i % kSlotsPerPageMax)) & 1) != 0;
+    const bool sums = c.score_halves() == 2;
+    const size_t at = size_t{first + i} * c.score_halves(), bytes = 2 * c.score_halves();
+    if (!touched) {
+      if (std::memcmp(&in.scores[at], &got.scores[at], bytes) != 0) worst.score = INFINITY;
+      continue;
+    }
+    const double probability = double{want.probabilities[i]};
+    const double expected =
+        sums ? double{sum_at(in.scores, at)} + probability
+             : double{fp16_to_float(kernels::add_score(in.scores[at], want.probabilities[i]))};
+    const float after = sums ? sum_at(got.scores, at) : fp16_to_float(got.scores[at]);
+    const double step = sums ? 0x1p-22 : 0x1p-10;  // of what the number can hold
+    const double bound = step * std::max(1.0, expected) + (bounds.lse + 6e-3) * probability;
+    Worst::raise(worst.score, std::abs(double{after} - expected) / bound);
+  }
+}
+
 inline void compare_lane(const AttendCase& c, const AttendInput& in, const AttendOutput& got,
                          uint32_t lane, Worst& worst) {
   const LaneAnswer want = ask_oracle(c, in, lane);
@@ -300,22 +338,7 @@ inline void compare_lane(const AttendCase& c, const AttendInput& in, const Atten
   } else if (sparsity.live != 77 || sparsity.near_zero != 77) {
     worst.sparsity = INFINITY;  // written where nobody asked
   }
-  const bool scores = c.emits(lane) && (c.emit & cuda::kEmitScores) != 0;
-  const uint32_t first = in.lane_begin[lane] * kSlotsPerPageMax;
-  for (uint32_t i = 0; i < want.probabilities.size(); ++i) {
-    const ImagePage& page = in.pages[(first + i) / kSlotsPerPageMax];
-    const bool touched = scores && ((page.live >> (i % kSlotsPerPageMax)) & 1) != 0;
-    const uint16_t before = in.scores[first + i], after = got.scores[first + i];
-    if (!touched) {
-      if (before != after) worst.score = INFINITY;
-      continue;
-    }
-    const double expected =
-        double{fp16_to_float(kernels::add_score(before, want.probabilities[i]))};
-    const double bound =
-        0x1p-10 * std::max(1.0, expected) + (bounds.lse + 6e-3) * double{want.probabilities[i]};
-    Worst::raise(worst.score, std::abs(double{fp16_to_float(after)} - expected) / bound);
-  }
+  compare_scores(c, in, got, lane, want, worst);
 }
 
 [[nodiscard]] inline Worst compare(const AttendCase& c, const AttendInput& in,

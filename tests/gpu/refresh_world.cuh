@@ -63,7 +63,7 @@ static __global__ void fill_kernel(const __grid_constant__ BatchView view) {
     for (uint32_t s = threadIdx.x; s < shape.slots; s += blockDim.x) {
       reinterpret_cast<uint16_t*>(page + shape.k_scale_offset)[s] = fp16_from_float(0.5f);
       reinterpret_cast<uint32_t*>(page + shape.position_offset)[s] = position_in(i, s);
-      if (lane.scored) {
+      if (lane.scored()) {
         scores_of(lane, table + i, i)[s] =
             fp16_from_float(static_cast<float>(hash(blockIdx.x + 77 * position_in(i, s)) % 999));
       }
@@ -88,7 +88,7 @@ static __global__ void restore_kernel(const __grid_constant__ BatchView view,
                 .reserved0 = 0,
                 .first_position = position_in(p, 0),
                 .last_position = position_in(p, 31),
-                .reserved1 = 0};
+                .marks = 0};
   }
   lane.lane->pages = kWorldPages;
   lane.lane->live = kSegment;

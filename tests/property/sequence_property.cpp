@@ -6,11 +6,11 @@
 // conservation, counters, and that a call that fails for want of pages has changed nothing.
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <optional>
 
 #include "tests/support/format_model.h"
 #include "tests/support/random_rules.h"
+#include "tests/support/seed.h"
 #include "tests/support/sequence_fixture.h"
 
 namespace thinkv::kernels {
@@ -25,14 +25,6 @@ using testing::VectorPool;
 
 constexpr uint32_t kOperations = 100'000;
 constexpr uint32_t kSequences = 12;
-
-uint64_t seed_from_environment(uint64_t otherwise) {
-  const char* text = std::getenv("THINKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : otherwise;
-  std::printf("seed %llu (replay: THINKV_SEED=%llu)\n", static_cast<unsigned long long>(seed),
-              static_cast<unsigned long long>(seed));
-  return seed;
-}
 
 // One sequence and what it should be.
 class Subject {
@@ -459,7 +451,7 @@ void check_pool(const VectorPool& pool, const std::vector<std::unique_ptr<Subjec
 }
 
 TEST(SequenceProperty, AgreesWithADictionary) {
-  const uint64_t seed = seed_from_environment(20251001);
+  const uint64_t seed = testing::seed_from_environment(20251001);
   std::mt19937_64 random(seed);
   VectorPool pool({.head_dim = 64, .capacity = 260, .shuffle_seed = random() | 1});
   std::vector<std::unique_ptr<Subject>> subjects(kSequences);

@@ -4,10 +4,9 @@
 // blocks and pages. Checked: which positions live, every value within half a step of the unit that
 // it was coded in, the attention over them, page ownership and conservation, and that a refused
 // call has changed nothing.
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 
+#include "tests/support/seed.h"
 #include "tests/support/stream_fixture.h"
 
 namespace thinkv::kernels {
@@ -22,14 +21,6 @@ using testing::VectorPool;
 constexpr uint32_t kOperations = 1500;
 constexpr uint32_t kSequences = 6;
 constexpr uint32_t kDim = 64;
-
-uint64_t seed_from_environment(uint64_t otherwise) {
-  const char* text = std::getenv("THINKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : otherwise;
-  std::printf("seed %llu (replay: THINKV_SEED=%llu)\n", static_cast<unsigned long long>(seed),
-              static_cast<unsigned long long>(seed));
-  return seed;
-}
 
 using LaneModel = std::map<uint32_t, StoredToken>;
 
@@ -277,7 +268,7 @@ class Subject {
 };
 
 TEST(StreamProperty, AgreesWithAModelOfTheTokens) {
-  std::mt19937_64 random(seed_from_environment(1));
+  std::mt19937_64 random(testing::seed_from_environment(1));
   VectorPool pool({.head_dim = kDim, .capacity = 400, .shuffle_seed = 7});
   std::vector<std::unique_ptr<Subject>> subjects;
   uint64_t refusals = 0, evictions = 0;

@@ -3,10 +3,9 @@
 // Checked: every token of a sparse lane is in its pages or in its tier, never in both, with the
 // bits that it was given; attention is that over the pages and the rows that the step's query or
 // hint chooses; a refused or cancelled step changes nothing; pages are conserved and bytes counted.
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 
+#include "tests/support/seed.h"
 #include "tests/support/stream_fixture.h"
 
 namespace thinkv::kernels {
@@ -184,10 +183,7 @@ class Subject {
 };
 
 TEST(TierProperty, EveryTokenIsInAPageOrInTheTier) {
-  const char* text = std::getenv("THINKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : 1;
-  std::printf("seed %llu (replay: THINKV_SEED=...)\n", static_cast<unsigned long long>(seed));
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(testing::seed_from_environment(1));
   uint32_t short_of_pages = 0;
   for (uint32_t i = 0; i < kSequences; ++i) {
     const auto pages = static_cast<uint32_t>(20 + random() % 300);

@@ -17,7 +17,7 @@ namespace thinkv::testing {
 struct LaneToken {
   Format format;
   bool buffered;
-  uint16_t score;
+  uint32_t score;  // bits of an fp16 or fp32
   std::vector<float> k;
   std::vector<float> v;
   friend bool operator==(const LaneToken& a, const LaneToken& b) {
@@ -82,10 +82,16 @@ class DeviceReader {
     return reinterpret_cast<cuda::DeviceDescriptor*>(
         pool_->address(lane.table[index / per_table()]))[index % per_table()];
   }
-  [[nodiscard]] uint16_t* scores(const cuda::DeviceLane& lane, uint32_t index) const {
+  // The numbers of a descriptor's slots, fp16 or fp32 (DeviceSequence.score_bytes).
+  [[nodiscard]] unsigned char* scores(const cuda::DeviceLane& lane, uint32_t index) const {
     auto* table =
         reinterpret_cast<cuda::DeviceDescriptor*>(pool_->address(lane.table[index / per_table()]));
-    return reinterpret_cast<uint16_t*>(table + per_table()) + index % per_table() * 64;
+    return reinterpret_cast<unsigned char*>(table + per_table()) +
+           index % per_table() * kSlotsPerPageMax * header_->score_bytes;
+  }
+  [[nodiscard]] uint32_t score_bits(const void* row, uint32_t i) const {
+    return header_->score_bytes == 4 ? static_cast<const uint32_t*>(row)[i]
+                                     : static_cast<const uint16_t*>(row)[i];
   }
   [[nodiscard]] Format wide() const {
     return pool_->options().geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
@@ -126,7 +132,7 @@ class DeviceReader {
       for (uint64_t left = d.live; left != 0; left &= left - 1) {
         const auto slot = static_cast<uint32_t>(std::countr_zero(left));
         LaneToken token = decode_slot(page, format, dim_, slot);
-        if (header_->scored != 0) token.score = scores(l, i)[slot];
+        if (header_->score_bytes != 0) token.score = score_bits(scores(l, i), slot);
         put(slot_position(page, format, dim_, slot), std::move(token));
       }
     }
@@ -134,7 +140,7 @@ class DeviceReader {
       const void* page = buffer_page(l, i);
       LaneToken token = decode_slot(page, wide(), dim_, i % cuda::kBufferPageSlots);
       token.buffered = true;
-      if (header_->scored != 0) token.score = l.buffer_score[i];
+      if (header_->score_bytes != 0) token.score = score_bits(l.buffer_sum, i);
       put(slot_position(page, wide(), dim_, i % cuda::kBufferPageSlots), std::move(token));
     }
     return tokens;
@@ -173,6 +179,7 @@ class DeviceReader {
       }
       expect(std::memcmp(free_slots, l.free_slots, sizeof free_slots) == 0, "free_slots");
       expect(l.live == live && l.live_prompt <= live, "live");
+      expect(l.pending == 0, "a page was left aside");
       expect(l.table_pages == std::max((l.pages + per_table() - 1) / per_table(), 1u), "tables");
       data_pages += l.pages + 2;
       metadata_pages += l.table_pages;
@@ -183,7 +190,7 @@ class DeviceReader {
 
  private:
   [[nodiscard]] uint32_t per_table() const {
-    return cuda::descriptors_per_page(dim_, header_->scored != 0);
+    return cuda::descriptors_per_page(dim_, header_->score_bytes);
   }
 
   const DevicePool* pool_;

@@ -1,7 +1,9 @@
 #include "tests/support/device_twin.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <numeric>
@@ -36,14 +38,42 @@ void recode_token(LaneToken& token, Format format) {
                                .k = token.k.data(),
                                .v = token.v.data(),
                                .positions = &position});
-  const uint16_t score = token.score;
+  const uint32_t score = token.score;
   token = decode_slot(page, format, dim, 0);
   token.score = score;
 }
 
+uint32_t mixed(uint32_t planted, uint32_t lane, uint32_t position) {
+  return position * 2654435761u ^ lane * 40503u ^ planted * 97u;
+}
 uint16_t planted_score(uint32_t planted, uint32_t lane, uint32_t position) {
-  const uint32_t mixed = position * 2654435761u ^ lane * 40503u ^ planted * 97u;
-  return fp16_from_float(static_cast<float>(mixed >> 20) / 512.0f);
+  return fp16_from_float(static_cast<float>(mixed(planted, lane, position) >> 20) / 512.0f);
+}
+// Few values, so that sums of them are often the same, and every eighth token a heavy hitter.
+float planted_probability(uint32_t planted, uint32_t lane, uint32_t position) {
+  const float light = static_cast<float>(mixed(planted, lane, position) >> 24 & 15u) / 7.0f;
+  return mixed(0, lane, position) >> 29 == 0 ? light + 200.0f : light;
+}
+
+// NaN, so that what reads the number of a slot that is not live shows.
+void poison_dead_slots(uint64_t live, unsigned char* row, uint32_t width) {
+  for (uint32_t slot = 0; slot < kSlotsPerPageMax; ++slot) {
+    if (((live >> slot) & 1u) == 0) std::memset(row + size_t{slot} * width, 0xFF, width);
+  }
+}
+
+// The number of a slot on the host, as its bits.
+uint32_t host_score(const kernels::SequenceState& state, const kernels::Lane& lane,
+                    const kernels::PageDescriptor& d, uint32_t slot) {
+  return state.store.sums ? std::bit_cast<uint32_t>(lane.sums(d)[slot]) : lane.scores(d)[slot];
+}
+// What the flush that is due makes of it.
+uint32_t decayed_score(const kernels::SequenceState& state, uint32_t score) {
+  if (!state.store.sums) {
+    return fp16_from_float(fp16_to_float(static_cast<uint16_t>(score)) *
+                           state.policy().score_decay);
+  }
+  return std::bit_cast<uint32_t>(std::bit_cast<float>(score) * state.flush_decay());
 }
 
 // The descriptors of a lane as its list has them: format by format, else in the table's order.
@@ -95,9 +125,8 @@ LaneTokens TwinBatch::host_tokens(const Twin& t, uint32_t lane_index) const {
       LaneToken token =
           decode_slot(state.pages.address(d.page), static_cast<Format>(d.format), dim, slot);
       if (state.store.scored) {
-        token.score = lane.scores(d)[slot];
-        const float decayed = fp16_to_float(token.score) * state.policy().score_decay;
-        if (due) token.score = fp16_from_float(decayed);
+        token.score = host_score(state, lane, d, slot);
+        if (due) token.score = decayed_score(state, token.score);
       }
       tokens[lane.position(d, slot)] = std::move(token);
     }
@@ -108,47 +137,66 @@ LaneTokens TwinBatch::host_tokens(const Twin& t, uint32_t lane_index) const {
     const uint32_t position = slot_position(page, state.store.wide, dim, slot);
     LaneToken token = decode_slot(page, state.store.wide, dim, slot);
     token.buffered = !due;
-    if (state.store.scored) token.score = header.buffer_score[i];
+    if (state.store.scored) {
+      token.score = state.store.sums ? std::bit_cast<uint32_t>(lane.rank().buffer_sum[i])
+                                     : header.buffer_score[i];
+    }
     if (due) recode_token(token, position < formats.sink_tokens ? formats.sink : formats.thought);
     tokens[position] = std::move(token);
   }
   return tokens;
 }
 
-// The same scores on both sides, whatever attention would have made of them.
+// The same scores on both sides, whatever attention would have made of them: sums grow where the
+// step measures, as emission makes them.
 void TwinBatch::plant_scores() {
   ++planted_;
-  for (const auto& t : twins_) {
-    if (!t || !t->state().store.scored) continue;
-    const DeviceReader reader(pool_, t->root);
-    for (uint32_t index = 0; index < options_.geometry.lanes(); ++index) {
-      const kernels::Lane lane = t->state().lane(index);
-      lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
-        for (uint64_t left = d.live; left != 0; left &= left - 1) {
-          const auto slot = static_cast<uint32_t>(std::countr_zero(left));
-          lane.scores(d)[slot] = planted_score(planted_, index, lane.position(d, slot));
-        }
-      });
-      for (uint32_t i = 0; i < lane.header().buffer_count; ++i) {
-        const uint32_t position = t->host->tokens() + 1 - lane.header().buffer_count + i;
-        lane.header().buffer_score[i] = planted_score(planted_, index, position);
-      }
-      cuda::DeviceLane& l = reader.lane(index);
-      for (uint32_t i = 0; i < l.pages; ++i) {
-        const cuda::DeviceDescriptor& d = reader.descriptor(l, i);
-        for (uint64_t left = d.live; left != 0; left &= left - 1) {
-          const auto slot = static_cast<uint32_t>(std::countr_zero(left));
-          const uint32_t position =
-              slot_position(pool_.address(d.page), static_cast<Format>(d.format),
-                            options_.geometry.head_dim, slot);
-          reader.scores(l, i)[slot] = planted_score(planted_, index, position);
-        }
-      }
-      for (uint32_t i = 0; i < l.buffer_count; ++i) {
-        const uint32_t position = t->host->tokens() + 1 - l.buffer_count + i;
-        l.buffer_score[i] = planted_score(planted_, index, position);
-      }
+  for (uint32_t row = 0; row < options_.capacity; ++row) {
+    const Twin* t = twins_[row].get();
+    if (t == nullptr || !t->state().store.scored) continue;
+    const bool sums = t->state().store.sums;
+    const uint8_t wanted = !t->state().emitting ? 0 : sums ? cuda::kEmitSums : cuda::kEmitScores;
+    for (uint32_t layer = 0; layer < options_.geometry.layers; ++layer) {
+      const uint8_t emit = pool_.emit()[uint64_t{layer} * options_.capacity + row];
+      expect((emit & (cuda::kEmitSums | cuda::kEmitScores)) == wanted, "emission flags");
     }
+    if (sums && wanted == 0) continue;
+    for (uint32_t lane = 0; lane < options_.geometry.lanes(); ++lane) plant_in_lane(*t, lane, sums);
+  }
+}
+
+void TwinBatch::plant_in_lane(const Twin& t, uint32_t index, bool sums) {
+  const auto plant = [&](void* row, uint32_t slot, uint32_t position) {
+    if (sums) {
+      static_cast<float*>(row)[slot] += planted_probability(planted_, index, position);
+    } else {
+      static_cast<uint16_t*>(row)[slot] = planted_score(planted_, index, position);
+    }
+  };
+  const kernels::Lane lane = t.state().lane(index);
+  lane.pages().for_each([&](uint32_t, const kernels::PageDescriptor& d) {
+    void* row = sums ? static_cast<void*>(lane.sums(d)) : lane.scores(d);
+    for (uint64_t left = d.live; left != 0; left &= left - 1) {
+      const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+      plant(row, slot, lane.position(d, slot));
+    }
+  });
+  const uint32_t buffered = lane.header().buffer_count, next = t.host->tokens() + 1;
+  for (uint32_t i = 0; i < buffered; ++i) plant(lane.buffer_scores(), i, next - buffered + i);
+  const DeviceReader reader(pool_, t.root);
+  cuda::DeviceLane& l = reader.lane(index);
+  for (uint32_t i = 0; i < l.pages; ++i) {
+    const cuda::DeviceDescriptor& d = reader.descriptor(l, i);
+    poison_dead_slots(d.live, reader.scores(l, i), reader.header().score_bytes);
+    for (uint64_t left = d.live; left != 0; left &= left - 1) {
+      const auto slot = static_cast<uint32_t>(std::countr_zero(left));
+      plant(reader.scores(l, i), slot,
+            slot_position(pool_.address(d.page), static_cast<Format>(d.format),
+                          options_.geometry.head_dim, slot));
+    }
+  }
+  for (uint32_t i = 0; i < l.buffer_count; ++i) {
+    plant(l.buffer_sum, i, next - l.buffer_count + i);
   }
 }
 
@@ -181,10 +229,11 @@ void TwinBatch::check_list(uint32_t layer) {
       const uint64_t live = !buffer ? d->live : left >= 8 ? 0xFFu : (1u << left) - 1;
       const cuda::PageView& entry = pool_.list()[list + begin[row] + i];
       expect(entry.tagged == (page | format) && entry.live == live, "an entry of the list");
-      const uint16_t* scores = buffer ? lane.buffer_score + 8 * b : reader.scores(lane, order[i]);
-      expect(pool_.score_rows()[list + begin[row] + i] ==
-                 (reader.header().scored != 0 ? scores : nullptr),
-             "a row of scores in the list");
+      const uint32_t width = reader.header().score_bytes;
+      const auto* in_buffer = reinterpret_cast<const unsigned char*>(lane.buffer_sum);
+      const void* scores = buffer ? in_buffer + 8 * b * width : reader.scores(lane, order[i]);
+      const void* listed = pool_.score_rows()[list + begin[row] + i];
+      expect(listed == (width != 0 ? scores : nullptr), "a row of scores in the list");
     }
   }
 }
@@ -240,6 +289,7 @@ void TwinBatch::compare_numbers(const Twin& t) {
   expect(n.demotions == s.demotions && n.merges == s.merges, "demotions and merges");
   expect(n.over_budget_steps == s.over_budget_steps, "over_budget_steps");
   expect(n.budget_tokens == s.budget_tokens, "budget_tokens");
+  expect(n.gathered_bytes == s.gathered_bytes, "gathered_bytes");
   expect(n.lane_pages_max == lane_pages_max(t), "lane_pages_max");
   for (uint32_t i = 0; i < kThoughtCount; ++i) expect(n.segments[i] == s.segments[i], "segments");
   if (t.same_places && !t.host_flush_is_due()) {

@@ -125,6 +125,7 @@ class TwinBatch {
                                options_.element, tokens, nullptr));
     }
     THINKV_CHECK(t.host->prefill_end().has_value());
+    pool_.supply(cuda::prefill_end_pages(g, t.host->policy(), tokens));
     run(cuda::launch_prefill_end(pool_.view(), t.root, tokens, nullptr));
   }
 
@@ -251,6 +252,7 @@ class TwinBatch {
     pool_.supply(pages);
   }
   void plant_scores();
+  void plant_in_lane(const Twin& t, uint32_t lane, bool sums);
   void check_list(uint32_t layer);
   void check_progress();
   void compare_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);

@@ -22,6 +22,7 @@ struct World {
   uint32_t lane_pages = 3;     // of its longest lane, whatever the host's bound says
   uint32_t table_pages = 100;  // that a lane's table holds
   uint32_t waits = 0;
+  uint32_t centred_lses = 0;
 };
 World world;  // NOLINT: kernels are plain functions
 
@@ -62,12 +63,18 @@ const KernelTable kIdleKernels = {
           return 0;
         },
     .attend = [](const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle) { return 0; },
+    .centred_lse =
+        [](const BatchView&, uint32_t, const void*, Element, float*, StreamHandle) {
+          ++world.centred_lses;
+          return 0;
+        },
     .attend_shape = [](uint32_t, uint32_t, uint32_t, bool) { return cuda::AttendShape{}; },
     .attend_part_floats = [](const cuda::AttendShape&, uint32_t, uint32_t,
                              uint32_t) { return uint64_t{64}; },
     .emit_scratch_bytes = [](uint64_t, uint32_t) { return uint64_t{64}; },
     .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
     .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
+    .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
     // Every step flushes: the bound of a lane grows by two pages a step.
     .step_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, uint32_t,
                      uint32_t) { return 1u; },
@@ -121,16 +128,20 @@ class ReserveBehind : public test::CudaFixture {
     CudaFixture::TearDown();
   }
 
-  void open(uint32_t tokens_max) {
+  void open(uint32_t tokens_max, bool centred = false) {
     Result<std::unique_ptr<GpuBatch>> batch =
         GpuBatch::open(*engine_, {.capacity = 1, .tokens_max = tokens_max});
     ASSERT_TRUE(batch) << batch.error().what;
     batch_ = std::move(*batch);
-    Result<std::unique_ptr<GpuSequence>> sequence =
-        GpuSequence::open(*engine_, testing::plain_policy(Format::kK4V4), {});
-    ASSERT_TRUE(sequence) << sequence.error().what;
-    sequence_ = std::move(*sequence);
+    sequence_ = sequence_of(centred);
     ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  }
+  std::unique_ptr<GpuSequence> sequence_of(bool centred) {
+    PolicyParams policy = testing::plain_policy(Format::kK4V4);
+    policy.centre = centred ? 1 : 0;
+    Result<std::unique_ptr<GpuSequence>> sequence = GpuSequence::open(*engine_, policy, {});
+    EXPECT_TRUE(sequence) << sequence.error().what;
+    return sequence ? std::move(*sequence) : nullptr;
   }
 
   // Steps until a reserve fails, at most `steps`.
@@ -193,6 +204,25 @@ TEST_F(ReserveBehind, ALaneThatReallyFillsTheListIsRefused) {
   const Status ran = run(40);
   ASSERT_FALSE(ran);
   EXPECT_EQ(ran.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, AnLseOfCentredKeysIsCompleted) {
+  open(0, true);
+  float lse = 0.0f;
+  ASSERT_TRUE(batch_->attend(0, {.lse = nullptr}));
+  EXPECT_EQ(world.centred_lses, 0u);
+  ASSERT_TRUE(batch_->attend(0, {.lse = &lse}));
+  EXPECT_EQ(world.centred_lses, 1u);
+}
+
+TEST_F(ReserveBehind, AnLseThatKnowsNoCentredKeysIsNotHandedToThem) {
+  open(0);
+  float lse = 0.0f;
+  ASSERT_TRUE(batch_->attend(0, {.lse = &lse}));
+  EXPECT_EQ(world.centred_lses, 0u);
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = sequence_of(true);
+  EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kInvalidArgument);
 }
 
 TEST_F(ReserveBehind, TheFirstReserveHasNothingToAskFor) {

@@ -7,7 +7,7 @@
 #include <random>
 #include <string>
 
-#include "daemon/ops/policy_file.h"
+#include "tests/support/policy_text.h"
 #include "thinkv/internal/policy_check.h"
 
 namespace thinkv::ops {
@@ -21,19 +21,6 @@ const std::string kWide =
     "rotation: none\n";
 const std::string kEntropy = "entropy: {key_step: 0.05, value_step: 0.1}\n";
 const std::string kTier = "tier: {host_bytes: 1GiB}\n";
-
-std::string problems(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  EXPECT_FALSE(parse_policy(text, "/x/p.yaml", &diagnostics).has_value()) << text;
-  return diagnostics.text();
-}
-
-PolicyParams good(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  const auto policy = parse_policy(text, "/x/p.yaml", &diagnostics);
-  EXPECT_TRUE(policy.has_value()) << diagnostics.text();
-  return policy ? policy->params : PolicyParams{};
-}
 
 TEST(Placement, EverySetting) {
   const PolicyParams streams =
@@ -94,6 +81,8 @@ TEST(Placement, EachRefusalNamesItsKeyAndTheReason) {
        "p.yaml:2: formats: must all be f16 with entropy: blocks are coded from 16-bit pages, once"},
       {kWide + kEntropy + kTier,
        "p.yaml:7: tier: and entropy do not go together: one place for old tokens"},
+      {kWide + kTier + "centring: prompt\n",
+       "p.yaml:7: centring: does not go with entropy or tier: their keys come back bit by bit"},
       {kWide + "tier: {fetch: 8}\n", "p.yaml:6: tier.host_bytes: must be given"},
       {narrow + kTier,
        "p.yaml:2: formats: must all be f16 with tier: rows come back bit by bit as they were"},

@@ -11,6 +11,7 @@
 
 #include "daemon/ops/policy_file.h"
 #include "daemon/ops/yaml_tree.h"
+#include "tests/support/policy_text.h"
 #include "thinkv/internal/policy_check.h"
 
 namespace thinkv::ops {
@@ -91,12 +92,6 @@ std::optional<Policy> parse(const std::string& text, Diagnostics* diagnostics) {
   return parse_policy(text, "/x/p.yaml", diagnostics);
 }
 
-std::string problems(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  EXPECT_FALSE(parse(text, &diagnostics).has_value()) << text;
-  return diagnostics.text();
-}
-
 TEST(Policy, SmallestFile) {
   Diagnostics diagnostics("p.yaml");
   const auto policy = parse(kGood, &diagnostics);
@@ -159,7 +154,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadPolicy{"name: q\n" + kGood.substr(8), "p.yaml:1: name: must be the file's name, \"p\""},
         BadPolicy{kGood + "budget: 5\n",
                   "p.yaml:6: budget: unknown key; allowed here: name, description, formats, "
-                  "rotation, sinks, segment, labels, evict, scores, rules, blocks, "
+                  "rotation, centring, sinks, segment, labels, evict, scores, rules, blocks, "
                   "kmeans_iterations, entropy, tier"},
         BadPolicy{kGood + "rotation: none\n", "p.yaml:6: rotation: given twice, first in line 5"},
         BadPolicy{kGood.substr(0, kGood.size() - 9) + "yes\n",
@@ -171,6 +166,15 @@ INSTANTIATE_TEST_SUITE_P(
         BadPolicy{"name: p\nrotation: none\nformats: {prompt: f16, thoughts: {reasoning: f16}}",
                   "p.yaml:3: formats.thoughts.execution: must be given\n"
                   "p.yaml:3: formats.thoughts.transition: must be given"},
+        BadPolicy{kGood + "centring: keys\n",
+                  "p.yaml:6: centring: \"keys\" is not known; allowed: prompt, none"},
+        BadPolicy{
+            kGood + "centring: prompt\nscores: {reduce: max-logit}\n",
+            "p.yaml:7: scores.reduce: must not be max-logit with centring: logits of different "
+            "query heads move apart"},
+        BadPolicy{kGood + "centring: prompt\nlabels: {layers: [1], thresholds: [0.5, 0.8]}\n",
+                  "p.yaml:7: labels: must be one class with centring: sparsity compares logits of "
+                  "query heads"},
         BadPolicy{kGood + "evict: {rule: lru}\n",
                   "p.yaml:6: evict.rule: \"lru\" is not known; allowed: tbe, rank, none"},
         BadPolicy{"- a", "p.yaml:1: keys and values are expected, not a list"},

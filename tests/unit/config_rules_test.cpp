@@ -7,7 +7,7 @@
 #include <iterator>
 #include <string>
 
-#include "daemon/ops/policy_file.h"
+#include "tests/support/policy_text.h"
 #include "thinkv/internal/policy_check.h"
 
 namespace thinkv::ops {
@@ -20,19 +20,6 @@ const std::string kFormats =
     "  thoughts: {reasoning: k4v4, execution: k4v4, transition: k4v4}\n"
     "rotation: hadamard\n";
 const std::string kRank = kFormats + "evict: {rule: rank, budget: 512}\n";
-
-std::string problems(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  EXPECT_FALSE(parse_policy(text, "/x/p.yaml", &diagnostics).has_value()) << text;
-  return diagnostics.text();
-}
-
-PolicyParams good(const std::string& text) {
-  Diagnostics diagnostics("p.yaml");
-  const auto policy = parse_policy(text, "/x/p.yaml", &diagnostics);
-  EXPECT_TRUE(policy.has_value()) << diagnostics.text();
-  return policy ? policy->params : PolicyParams{};
-}
 
 TEST(Rules, EverySetting) {
   const PolicyParams p =

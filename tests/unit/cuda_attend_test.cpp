@@ -197,6 +197,19 @@ TEST_P(CudaAttend, Emission) {
   }
 }
 
+TEST_P(CudaAttend, EmissionOfSums) {
+  for (uint32_t turn = 0; turn < 6; ++turn) {
+    AttendCase c{.head_dim = GetParam(), .group = 1 + turn, .kv_heads = 2, .formats = kMixed};
+    c.lengths = {100, 70, 90, 20, 0, 260};
+    c.live = 0.7;
+    c.emit = cuda::kEmitSums;
+    if (turn % 2 == 1) c.emit |= cuda::kEmitSparsity;
+    c.reduce = static_cast<kernels::GqaReduce>(turn / 2);
+    c.shape = small_shape(c.head_dim, 2);
+    expect_right(c, turn);
+  }
+}
+
 // Most of a page dead: slots of its second half count where neighbours in the first do not.
 TEST_P(CudaAttend, EmissionOfSparsePages) {
   AttendCase c{.head_dim = GetParam(), .group = 4, .kv_heads = 2, .formats = {Format::kK2V2}};

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(128) compact_kernel(const BatchView view, cons
   __shared__ CompactShared shared;
   LaneView lane = lane_view(view, sequence_at(view, view.roots[c.row]), c.lane);
   if (lane.lane == nullptr) return;
-  uint32_t score_bytes = lane.scored ? 2 : 0;
+  uint32_t score_bytes = lane.score_bytes;
   if (c.sums) {
     score_bytes = sizeof(float);
     lane.per_table = page_bytes(lane.head_dim) / (32 + 64 * score_bytes);

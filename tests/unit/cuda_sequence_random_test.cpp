@@ -3,12 +3,12 @@
 // Before each operation the lease holds exactly the bound that sequence.h gives for it, so a bound
 // that is too small raises kLeaseEmpty and fails the test.
 #include <cstdio>
-#include <cstdlib>
 #include <string>
 
 #include "gtest/gtest.h"
 
 #include "tests/support/device_twin.h"
+#include "tests/support/seed.h"
 
 namespace thinkv::cuda {
 namespace {
@@ -18,14 +18,6 @@ using testing::TwinBatch;
 
 constexpr uint32_t kOperations = 2000;
 constexpr uint32_t kRows = 4;
-
-uint64_t seed_from_environment(uint64_t otherwise) {
-  const char* text = std::getenv("THINKV_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : otherwise;
-  std::printf("seed %llu (replay: THINKV_SEED=%llu)\n", static_cast<unsigned long long>(seed),
-              static_cast<unsigned long long>(seed));
-  return seed;
-}
 
 Format any_format(TwinBatch& batch) {
   return static_cast<Format>(1 + batch.below(kFormatCount - 1));
@@ -38,6 +30,7 @@ PolicyParams any_policy(TwinBatch& batch) {
   p.sink_format = any_format(batch);
   for (Format& f : p.thought_format) f = any_format(batch);
   p.rotate = batch.below(2) == 0 ? 0 : 1;
+  p.centre = batch.below(3) == 0 ? 1 : 0;
   p.sink_tokens = batch.below(3) * batch.below(24);
   p.segment_tokens = 16 * (1 + batch.below(6));
   p.score_every = static_cast<uint16_t>(1 + batch.below(3));
@@ -130,12 +123,12 @@ void run_operations(const ModelGeometry& geometry, uint32_t operations, uint64_t
 }
 
 TEST(CudaSequenceRandom, AgreesWithTheHost) {
-  const uint64_t seed = seed_from_environment(20251122);
+  const uint64_t seed = testing::seed_from_environment(20251122);
   run_operations({.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64}, kOperations, seed);
 }
 
 TEST(CudaSequenceRandom, AgreesWithTheHostInOtherShapes) {
-  const uint64_t seed = seed_from_environment(20251123);
+  const uint64_t seed = testing::seed_from_environment(20251123);
   const ModelGeometry wide{
       .layers = 2, .q_heads = 1, .kv_heads = 1, .head_dim = 128, .value_type = ValueType::kBf16};
   run_operations(wide, kOperations / 20, seed);

@@ -67,6 +67,49 @@ TEST(CudaSequence, RotatesAndRoundsAsOnTheHost) {
   }
 }
 
+// The lse that attention would have left, 0 for each head, with what centring takes from it.
+std::vector<float> missing_lse(TwinBatch& batch, const std::vector<float>& q) {
+  const ModelGeometry& g = batch.geometry();
+  testing::DeviceVector<float> device_q(q.size()), lse(g.q_heads);
+  std::copy(q.begin(), q.end(), device_q.data());
+  std::fill_n(lse.data(), g.q_heads, 0.0f);
+  THINKV_CHECK(launch_centred_lse(batch.pool().view(), 1, device_q.data(), Element::kF32,
+                                  lse.data(), nullptr) == cudaSuccess);
+  return {lse.data(), lse.data() + g.q_heads};
+}
+
+TEST(CudaSequence, CentresKeysAsOnTheHost) {
+  for (const uint32_t dim : kHeadDims) {
+    for (const Element element : {Element::kF32, Element::kF16, Element::kBf16}) {
+      for (const bool rotate : {false, true}) {
+        SCOPED_TRACE(std::to_string(dim) + (rotate ? " rotated" : ""));
+        ModelGeometry geometry = geometry_of(2, 2, dim);
+        geometry.q_heads = 6;
+        TwinBatch batch({.geometry = geometry, .element = element, .extent_pages = 64});
+        PolicyParams policy = plain_policy(Format::kK4V4);
+        policy.rotate = rotate ? 1 : 0;
+        policy.centre = 1;
+        policy.sink_tokens = 4;
+        policy.sink_format = Format::kF16;
+        batch.open(0, policy);
+        batch.prefill(0, 75);
+        ASSERT_NO_FATAL_FAILURE(expect_same(batch));
+        ASSERT_NO_FATAL_FAILURE(run_steps(batch, 18));
+        std::vector<float> q(size_t{6} * dim);
+        for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i % 13) - 6.0f;
+        const std::vector<float> lse = missing_lse(batch, q);
+        const kernels::SequenceState& state = *batch.twin(0)->host->state();
+        if (rotate) kernels::host().rotate(q.data(), 6, dim);
+        for (uint32_t head = 0; head < 6; ++head) {
+          const float wanted =
+              state.softmax_scale * state.centres.missing(2 + head / 3, &q[size_t{head} * dim]);
+          EXPECT_NEAR(lse[head], wanted, 1e-4f * (1.0f + std::fabs(wanted)));
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaSequence, AnyPromptLengthAndAnyNumberOfSinks) {
   for (const uint32_t prompt : {0u, 1u, 15u, 16u, 17u, 100u}) {
     for (const uint32_t sinks : {0u, 4u, 20u}) {

@@ -5,6 +5,7 @@
 #include "kernels/policy/channels.h"
 #include "kernels/sequence/block.h"
 #include "tests/support/format_model.h"
+#include "tests/support/policy_text.h"
 #include "tests/support/rank_fixture.h"
 #include "thinkv/internal/policy_check.h"
 #include "thinkv/internal/small_float.h"
@@ -20,13 +21,6 @@ using testing::shipped_policy;
 
 constexpr uint32_t kDim = 64;
 using Tokens = testing::LaneModel;
-
-PolicyParams written_policy(const std::string& text) {
-  ops::Diagnostics problems("p.yaml");
-  const auto policy = ops::parse_policy(text, "/x/p.yaml", &problems);
-  EXPECT_TRUE(policy.has_value()) << problems.text();
-  return policy ? policy->params : PolicyParams{};
-}
 
 // What the tokens [first, first + block) become by the oracle; of a pair, `other` is the lane of
 // the partner layer.
@@ -207,7 +201,7 @@ TEST(MethodXQuant, ALastLayerWithoutPartnerHasACodeOfItsOwn) {
 }
 
 TEST(MethodXQuant, BitsByLayerRange) {
-  const PolicyParams policy = written_policy(
+  const PolicyParams policy = ops::good(
       "name: p\n"
       "formats: {prompt: f16, thoughts: {reasoning: f16, execution: f16, transition: f16}}\n"
       "rotation: none\n"
@@ -410,7 +404,7 @@ std::string composed() {
 }
 
 TEST(ComposedPolicy, RKvEvictsAndKiviCodesWhatStays) {
-  RankWorld world(geometry_of(kTwoHeads), written_policy(composed()));
+  RankWorld world(geometry_of(kTwoHeads), ops::good(composed()));
   world.prefill_random(300, 64);
   for (uint32_t round = 1; round <= 8; ++round) {
     world.run(128);

@@ -11,7 +11,7 @@
 namespace thinkv {
 
 // Both null: no problem. `key` as in the policy file.
-struct PlacementProblem {
+struct PolicyProblem {
   const char* key = nullptr;
   const char* what = nullptr;
   [[nodiscard]] constexpr bool any() const { return what != nullptr; }
@@ -29,7 +29,7 @@ namespace detail {
   return wide;
 }
 
-[[nodiscard]] constexpr PlacementProblem entropy_problem(const PolicyParams& p) {
+[[nodiscard]] constexpr PolicyProblem entropy_problem(const PolicyParams& p) {
   const EntropyParams& e = p.entropy;
   if (!e.on()) {
     if (e.value_step == 0.0f) return {};
@@ -52,7 +52,7 @@ namespace detail {
   return {};
 }
 
-[[nodiscard]] constexpr PlacementProblem tier_problem(const PolicyParams& p) {
+[[nodiscard]] constexpr PolicyProblem tier_problem(const PolicyParams& p) {
   const TierParams& t = p.tier;
   if (!t.on()) return {};
   if (t.host_bytes > kTierBytesMax) return {"tier.host_bytes", "must be at most 16 TiB"};
@@ -77,8 +77,8 @@ namespace detail {
 
 }  // namespace detail
 
-[[nodiscard]] constexpr PlacementProblem placement_problem(const PolicyParams& p) {
-  const PlacementProblem problem = detail::entropy_problem(p);
+[[nodiscard]] constexpr PolicyProblem placement_problem(const PolicyParams& p) {
+  const PolicyProblem problem = detail::entropy_problem(p);
   return problem.any() ? problem : detail::tier_problem(p);
 }
 

@@ -1,6 +1,7 @@
 // policy_check.h: what the core and the step both rely on in a policy's numbers.
 #pragma once
 
+#include "thinkv/internal/centring_check.h"
 #include "thinkv/internal/placement_check.h"
 #include "thinkv/internal/policy_params.h"
 #include "thinkv/internal/rank_check.h"
@@ -57,7 +58,9 @@ namespace thinkv {
     if (p.schedule[i] == 0 || p.schedule[i] >= before) return false;
   }
   if (p.evict == EvictRule::kTbe && p.schedule_length == 0) return false;
-  if (!rank_rules_valid(p) || placement_problem(p).any()) return false;
+  if (!rank_rules_valid(p) || placement_problem(p).any() || centring_problem(p).any()) {
+    return false;
+  }
   for (const float eta : p.block_eta) {
     if (!(eta >= 0.0f && eta < 0.5f)) return false;
   }

@@ -59,6 +59,7 @@ struct PolicyParams {
   uint8_t schedule_length = 0;           // 0: nothing is ever demoted
   uint8_t label_layer_count = 0;         // 0: one class, everything is kReasoning
   uint8_t score_reduce = 0;              // kernels::GqaReduce of the emitted probabilities
+  uint8_t centre = 0;                    // 1: the mean of the prompt's keys is taken off all keys
   uint16_t score_every = 1;              // steps between two emissions
   uint32_t sink_tokens = 0;              // first tokens of the prompt kept in sink_format
   uint32_t segment_tokens = 128;         // tau (paper: 128)

@@ -1,0 +1,103 @@
+// rank_apply.cuh: what a rule decided, done to the pages of a lane: evictions first, then recoding,
+// and pages that are empty are put aside (rank.h; kernels/sequence/rank.cpp). Of a whole block.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/rank_rows.cuh"
+
+namespace thinkv::cuda {
+namespace rank_detail {
+
+// Result: how many rows were dropped.
+__device__ inline uint32_t drop_fated(const RankItem& item, const LaneView& lane, uint32_t n) {
+  RankShared& shared = *item.shared;
+  const RankRows& rows = item.rows;
+  const uint32_t prompt = item.sequence->prompt_tokens;
+  if (threadIdx.x < kFormatCount) shared.counts.freed[threadIdx.x] = 0;
+  if (threadIdx.x == 0) shared.of_prompt = 0;
+  const uint32_t dropped =
+      count_rows(shared, n, [&](uint32_t i) { return rows.fate[i] == kRankDrop; });
+  if (dropped == 0) return 0;
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    if (rows.fate[i] != kRankDrop) continue;
+    DeviceDescriptor* d = descriptor_at(lane, rows.place[i] >> 6);
+    if (d == nullptr) continue;
+    // The bit is set, so taking its value away clears it and touches no other.
+    add_64(&d->live, ~(uint64_t{1} << (rows.place[i] & 63u)) + 1);
+    atomicAdd(&shared.counts.freed[d->format], 1u);
+    if (rows.position[i] < prompt) atomicAdd(&shared.of_prompt, 1u);
+  }
+  __syncthreads();
+  if (threadIdx.x < kFormatCount) {
+    lane.lane->free_slots[threadIdx.x] += shared.counts.freed[threadIdx.x];
+  }
+  if (threadIdx.x == 0) {
+    lane.lane->live -= dropped;
+    lane.lane->live_prompt -= shared.of_prompt;
+    add_64(&lane.sequence->counters.evicted_slots, dropped);
+  }
+  __syncthreads();
+  return dropped;
+}
+
+// Slots to recode, a mask a page, where the scores were. Result: how many.
+template <int kDim>
+[[nodiscard]] __device__ inline uint32_t mark_recoded(const RankItem& item, const LaneView& lane,
+                                                      uint32_t n, Format format, uint32_t* masks) {
+  RankShared& shared = *item.shared;
+  const RankRows& rows = item.rows;
+  const uint32_t bytes = payload_bytes<kDim>(format);
+  for (uint32_t i = threadIdx.x; i < 2 * lane.lane->pages; i += blockDim.x) masks[i] = 0;
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    if (rows.fate[i] != kRankRecode) continue;
+    const uint32_t page = rows.place[i] >> 6, slot = rows.place[i] & 63u;
+    const DeviceDescriptor* d = descriptor_at(lane, page);
+    // A token never gains bits that its codes no longer have.
+    if (d == nullptr || bytes >= payload_bytes<kDim>(static_cast<Format>(d->format))) continue;
+    atomicOr(&masks[2 * page + slot / 32], 1u << slot % 32);
+    atomicAdd(&shared.count, 1u);
+  }
+  __syncthreads();
+  return shared.count;
+}
+
+// Result: how many rows were recoded. Requires: a page for every 64 rows at most, so no more pages
+// than rows.
+template <int kDim>
+__device__ inline uint32_t recode_fated(const RankItem& item, const RankRule& rule,
+                                        const LaneView& lane, uint32_t n) {
+  const Format format = resolve_format(*item.batch, rule.recode_format);
+  const uint32_t pages = lane.lane->pages;  // those that come are already in the format
+  if (pages > n || !format_valid(static_cast<uint8_t>(format))) return 0;
+  auto* masks = reinterpret_cast<uint32_t*>(item.rows.score);
+  if (mark_recoded<kDim>(item, lane, n, format, masks) == 0) return 0;
+  uint32_t moved = 0;
+  for (uint32_t page = 0; page < pages; ++page) {
+    const uint64_t chosen = masks[2 * page] | uint64_t{masks[2 * page + 1]} << 32;
+    if (chosen != 0) moved += recode_slots<kDim>(lane, page, chosen, format, item.shared->recode);
+  }
+  if (threadIdx.x == 0) {
+    add_64(&lane.sequence->counters.recoded_slots, moved);
+    add_64(&lane.sequence->counters.recoded_bytes, uint64_t{moved} * payload_bytes<kDim>(format));
+  }
+  __syncthreads();
+  return moved;
+}
+
+}  // namespace rank_detail
+
+template <int kDim>
+__device__ inline void apply_fates(const RankItem& item, const RankRule& rule, const LaneView& lane,
+                                   uint32_t n) {
+  uint32_t changed = rank_detail::drop_fated(item, lane, n);
+  if (rule.action == RankAction::kRecode) {
+    changed += rank_detail::recode_fated<kDim>(item, rule, lane, n);
+  }
+  if (changed != 0 && threadIdx.x < 32) put_pages_aside(lane);
+  __syncthreads();
+}
+
+}  // namespace thinkv::cuda

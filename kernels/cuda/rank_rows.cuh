@@ -1,0 +1,219 @@
+// rank_rows.cuh: the tokens of a lane in shared memory while a rule is applied to them: places
+// and protection, as kernels/sequence/rank_rows.cpp makes them (rank.h).
+//
+// Functions of a whole block; every thread calls them with the same arguments.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/codec.cuh"
+#include "kernels/cuda/compact.cuh"
+#include "kernels/cuda/rank_step.cuh"
+#include "kernels/cuda/recode.cuh"
+#include "kernels/cuda/select.cuh"
+#include "kernels/policy/rank_budget.h"
+#include "kernels/policy/rank_signal.h"
+
+namespace thinkv::cuda {
+
+// What becomes of a row; the host's RankFate.
+enum RankFate : uint8_t { kRankDrop = 0, kRankKeep = 1, kRankRecode = 2 };
+
+// Shared memory for at most `room` rows, ascending by position. `score` begins at 8 bytes, and
+// `number` follows it: together they are the masks of recoding.
+struct RankRows {
+  uint32_t* place;  // descriptor << 6 | slot
+  uint32_t* position;
+  float* attention;  // of a layer's heads together: the sum of their scores
+  float* score;
+  float* number;
+  uint8_t* fixed;  // protected
+  uint8_t* fate;
+  uint32_t room;
+};
+[[nodiscard]] __device__ __forceinline__ RankRows rank_rows(unsigned char* shared, uint32_t room) {
+  auto* words = reinterpret_cast<uint32_t*>(shared);
+  return {.place = words,
+          .position = words + room,
+          .attention = reinterpret_cast<float*>(words + 2 * room),
+          .score = reinterpret_cast<float*>(words + 3 * room),
+          .number = reinterpret_cast<float*>(words + 4 * room),
+          .fixed = shared + 5 * sizeof(uint32_t) * room,
+          .fate = shared + 5 * sizeof(uint32_t) * room + room,
+          .room = room};
+}
+
+// Static shared memory of a block.
+struct RankShared {
+  uint32_t bins[256];
+  uint32_t digit, left, whole;  // of the radix selection
+  uint32_t count;
+  uint32_t of_prompt;
+  uint64_t least[2];  // of the tiers of DiffKV: the lowest row's key
+  float sum;
+  uint64_t own[kSharedHeadsMax];  // of kShared, by head
+  uint32_t places[kSharedHeadsMax];
+  uint32_t taken;
+  RowCounts counts;
+  union {
+    RecodeShared recode;
+    CompactShared compact;
+  };
+};
+
+// A lane's budget. As RankHead of the host.
+struct RankLimit {
+  uint32_t counted;  // tokens that the budget counts, the buffer's included
+  uint32_t limit;    // of them, how many may stay
+  bool local;        // of first_fit in decoding: the mask holds the newest tokens
+  [[nodiscard]] __device__ __forceinline__ bool over() const { return counted > limit; }
+  [[nodiscard]] __device__ __forceinline__ uint32_t surplus() const {
+    return over() ? counted - limit : 0;
+  }
+};
+
+// `heads` lanes from `first_lane` on that are decided together, and the rule at work on them.
+struct RankItem {
+  const BatchView* batch;
+  DeviceSequence* sequence;
+  uint32_t first_lane;
+  uint32_t heads;
+  RankRows rows;
+  RankShared* shared;
+  float* tails;  // [rows.room] where the policy has max_drop
+  float* tiles;  // similarity_bytes() where it compares keys
+  // One of its lanes.
+  [[nodiscard]] __device__ __forceinline__ RankItem head(uint32_t h) const {
+    return {batch, sequence, first_lane + h, 1, rows, shared, tails, tiles};
+  }
+  [[nodiscard]] __device__ __forceinline__ LaneView lane(uint32_t head) const {
+    return lane_view(*batch, sequence, first_lane + head);
+  }
+  [[nodiscard]] __device__ __forceinline__ uint32_t layer() const {
+    return first_lane / batch->geometry.kv_heads;
+  }
+};
+
+namespace rank_detail {
+
+// How many rows `yes` says yes to. Result: the same for all threads.
+template <class Yes>
+[[nodiscard]] __device__ __forceinline__ uint32_t count_rows(RankShared& shared, uint32_t n,
+                                                             const Yes& yes) {
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  for (uint32_t base = 0; base < n; base += blockDim.x) {
+    const uint32_t i = base + threadIdx.x;
+    const uint32_t ballot = __ballot_sync(kAllLanes, i < n && yes(i));
+    if (threadIdx.x % 32 == 0 && ballot != 0) {
+      atomicAdd(&shared.count, static_cast<uint32_t>(__popc(ballot)));
+    }
+  }
+  __syncthreads();
+  const uint32_t count = shared.count;
+  __syncthreads();
+  return count;
+}
+
+// Compares and exchanges rows i and i ^ mask for all i: the smaller position goes first. Rows from
+// n on are larger than all and stay where they are.
+__device__ __forceinline__ void exchange_rows(const RankRows& rows, uint32_t n, uint32_t mask) {
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const uint32_t j = i ^ mask;
+    if (j <= i || j >= n) continue;
+    const uint32_t mine = rows.position[i], other = rows.position[j];
+    if (mine <= other) continue;
+    rows.position[i] = other;
+    rows.position[j] = mine;
+    const uint32_t place = rows.place[i];
+    rows.place[i] = rows.place[j];
+    rows.place[j] = place;
+  }
+  __syncthreads();
+}
+
+// A bitonic network whose comparisons all point upwards, so that any n will do.
+__device__ inline void sort_rows(const RankRows& rows, uint32_t n) {
+  for (uint32_t run = 1; run < n; run *= 2) {
+    exchange_rows(rows, n, 2 * run - 1);
+    for (uint32_t step = run / 2; step > 0; step /= 2) exchange_rows(rows, n, step);
+  }
+}
+
+// A slot's sum as the policy reads it.
+[[nodiscard]] __device__ __forceinline__ float attention_of(const DeviceSequence* s, float sum,
+                                                            uint32_t position) {
+  if (s->policy.score_kind == ScoreKind::kMean) {
+    const policy::Lifetimes lives{
+        .tokens = s->tokens, .prompt = s->prompt_tokens, .prompt_queries = s->prompt_queries};
+    return exact_div(sum, static_cast<float>(max(policy::lifetime(lives, position), 1u)));
+  }
+  if (s->policy.score_kind == ScoreKind::kWindow) {
+    return exact_div(sum, static_cast<float>(max(s->window_queries, 1u)));
+  }
+  return sum;
+}
+
+// policy::dot of a vector with itself; eight threads hold it, all of the warp call. The first of
+// the eight has the host's order of additions.
+template <int kDim>
+[[nodiscard]] __device__ __forceinline__ float dot_of_eight(const float (&x)[kDim / 8]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kDim / 8; ++c) sum = exact_add(sum, exact_mul(x[c], x[c]));
+  for (uint32_t h = 4; h >= 1; h /= 2) sum = exact_add(sum, __shfl_xor_sync(kAllLanes, sum, h));
+  return sum;
+}
+
+// Protected newest tokens of a lane with that limit.
+[[nodiscard]] __device__ __forceinline__ uint32_t recent_tokens(const RankItem& item,
+                                                                const RankRule& rule,
+                                                                const RankLimit& limit) {
+  const DeviceSequence& s = *item.sequence;
+  uint32_t recent =
+      max(uint32_t{rule.recent}, policy::percent_of(limit.limit, rule.recent_percent));
+  if (limit.local) recent = max(recent, policy::percent_of(s.prompt_tokens, rule.local_percent));
+  return min(recent, s.tokens);
+}
+
+}  // namespace rank_detail
+
+// The live tokens of a lane that are in pages: place and position, ascending. Result: how many;
+// not less than there is room for: kRowsFull is raised and nothing is written.
+[[nodiscard]] __device__ inline uint32_t gather_lane(const RankItem& item, const LaneView& lane) {
+  const RankRows& rows = item.rows;
+  const RowSpace space{.position = rows.position,
+                       .found = rows.place,
+                       .place = rows.place,
+                       .weight = nullptr,
+                       .keep = nullptr,
+                       .room = rows.room};
+  RowCounts& counts = item.shared->counts;
+  if (threadIdx.x == 0) counts.rows = 0;
+  __syncthreads();
+  select_detail::gather_unordered(lane, 0, item.sequence->tokens, space, &counts);
+  __syncthreads();
+  const uint32_t n = counts.rows;
+  __syncthreads();
+  if (n >= rows.room) {
+    if (threadIdx.x == 0) raise_fault(lane.batch->lease, kRowsFull);
+    return n;
+  }
+  rank_detail::sort_rows(rows, n);
+  return n;
+}
+
+// rows.fixed of a lane with that limit. Token classes cannot be given on the device: all are 0.
+__device__ inline void protect_rows(const RankItem& item, const RankRule& rule,
+                                    const RankLimit& limit, uint32_t n) {
+  const DeviceSequence& s = *item.sequence;
+  const uint32_t recent = rank_detail::recent_tokens(item, rule, limit);
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const uint32_t where = item.rows.position[i];
+    const bool outside = rule.counts == BudgetCount::kGenerated && where < s.prompt_tokens;
+    item.rows.fixed[i] = where < rule.sinks || where >= s.tokens - recent || outside ? 1 : 0;
+  }
+  __syncthreads();
+}
+
+}  // namespace thinkv::cuda

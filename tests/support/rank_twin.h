@@ -1,0 +1,146 @@
+// rank_twin.h: rank policies on the device beside the host, for the emulator and for a GPU: those
+// that are shipped, and rules drawn by chance. Every function answers what is wrong, or nothing.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "daemon/ops/policy_file.h"
+#include "kernels/cuda/rank.h"
+#include "tests/support/device_twin.h"
+#include "tests/support/random_rules.h"
+
+namespace thinkv::testing {
+
+// Shipped policies whose rules run on the device, and one without rules.
+inline constexpr const char* kRankPolicies[] = {
+    "streaming-llm",     "h2o",           "snapkv", "pyramidkv", "random",
+    "quantized-pruning", "thinkv-ladder", "diffkv", "fastgen",   "r-kv",
+    "dbudgetkv",         "kvcrush",       "full"};
+
+inline std::optional<PolicyParams> shipped_params(const std::string& name, uint32_t budget) {
+  const char* root = std::getenv("THINKV_SOURCE_DIR");
+  ops::Diagnostics problems(name);
+  const auto policy = ops::load_policy(
+      std::string(root == nullptr ? "." : root) + "/config/policies/" + name + ".yaml", &problems);
+  if (!policy) return std::nullopt;
+  PolicyParams params = policy->params;
+  params.budget_tokens = budget;
+  return params;
+}
+
+inline constexpr uint32_t kEvictedByHand = 7 * 3 * 2;  // of run_rank_policy(), beside the rules
+
+// What rules did, so that a test of nothing shows.
+struct RankTally {
+  uint64_t evicted = 0, recoded = 0, gathered = 0, missed = 0;
+  void add(const kernels::SequenceStats& s) {
+    evicted += s.evicted_slots;
+    recoded += s.recoded_slots;
+    gathered += s.gathered_bytes;
+    missed += s.over_budget_steps;
+  }
+  void print(const char* of) const {
+    std::printf("%s: %llu evicted, %llu recoded, %llu bytes moved, %llu steps over the budget\n",
+                of, static_cast<unsigned long long>(evicted),
+                static_cast<unsigned long long>(recoded), static_cast<unsigned long long>(gathered),
+                static_cast<unsigned long long>(missed));
+  }
+};
+
+inline std::string compared(TwinBatch& batch, const std::string& when) {
+  batch.compare();
+  return batch.wrong().empty() ? "" : when + ": " + batch.wrong();
+}
+
+inline std::string compared_steps(TwinBatch& batch, uint32_t steps) {
+  for (uint32_t i = 0; i < steps; ++i) {
+    batch.step();
+    if (const std::string wrong = compared(batch, "step " + std::to_string(i)); !wrong.empty()) {
+      return wrong;
+    }
+  }
+  return "";
+}
+
+// One sequence with a prompt above the budget, and one that comes without a prompt.
+inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, RankTally& tally) {
+  TwinBatch batch({.geometry = {.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = dim},
+                   .capacity = 3,
+                   .extent_pages = 1024,
+                   .plant_scores = true});
+  batch.open(2, policy);
+  batch.prefill(2, 150);
+  std::string wrong = compared(batch, "the prompt");
+  batch.open(0, policy);
+  if (wrong.empty()) wrong = compared_steps(batch, 100);
+  batch.evict(2, {3, 5, 8, 100, 120, 160, 161});  // at most kEvictedByHand slots
+  if (wrong.empty()) wrong = compared(batch, "after an eviction");
+  if (wrong.empty()) wrong = compared_steps(batch, 40);
+  tally.add(batch.twin(2)->host->stats());
+  batch.close(0);
+  batch.close(2);
+  return wrong.empty() ? compared(batch, "closed") : wrong;
+}
+
+// A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
+// wait for the first 64 steps have fired.
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens) {
+  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64},
+                   .capacity = 1,
+                   .extent_pages = 1024,
+                   .plant_scores = true});
+  batch.open(0, policy);
+  batch.prefill(0, tokens);
+  std::string wrong = compared(batch, "the prompt");
+  for (uint32_t i = 0; i < 66; ++i) batch.step();
+  if (wrong.empty()) wrong = compared(batch, "66 steps");
+  const uint64_t evicted = batch.twin(0)->host->stats().evicted_slots;
+  if (wrong.empty() && evicted == 0) wrong = "the rules did nothing";
+  return wrong;
+}
+
+inline Format any_format(TwinBatch& batch) {
+  return static_cast<Format>(1 + batch.below(kFormatCount - 1));
+}
+
+inline PolicyParams draw_rank_policy(TwinBatch& batch) {
+  PolicyParams p;
+  do {
+    p = PolicyParams{};
+    std::snprintf(p.name, sizeof p.name, "%s", "random");
+    p.prompt_format = any_format(batch);
+    p.sink_format = any_format(batch);
+    for (Format& f : p.thought_format) f = any_format(batch);
+    p.rotate = static_cast<uint8_t>(batch.below(2));
+    p.sink_tokens = batch.below(3) * batch.below(12);
+    p.score_decay = batch.below(4) == 0 ? 1.0f : 0.9f;
+    draw_rules(p, batch.random());
+  } while (cuda::rank_unsupported(p) != nullptr);
+  return p;
+}
+
+// A policy, a prompt and 60 steps that the seed decides.
+inline std::string run_drawn_rules(uint64_t seed, RankTally& tally) {
+  const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
+  TwinBatch batch({.geometry = {.layers = 2,
+                                .q_heads = 6,
+                                .kv_heads = 1 + static_cast<uint32_t>(seed % 3),
+                                .head_dim = dim},
+                   .element = static_cast<cuda::Element>(seed / 3 % 3),
+                   .capacity = 2,
+                   .extent_pages = 1024,
+                   .seed = seed,
+                   .plant_scores = true});
+  batch.open(1, draw_rank_policy(batch));
+  if (batch.below(4) != 0) batch.prefill(1, 1 + batch.below(140));
+  std::string wrong = compared(batch, "the prompt");
+  if (wrong.empty()) wrong = compared_steps(batch, 60);
+  tally.add(batch.twin(1)->host->stats());
+  batch.close(1);
+  return wrong.empty() ? compared(batch, "closed") : wrong;
+}
+
+}  // namespace thinkv::testing

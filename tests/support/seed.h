@@ -1,0 +1,18 @@
+// seed.h: the seed of a random test, printed so that a failure can be played again.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+namespace thinkv::testing {
+
+inline uint64_t seed_from_environment(uint64_t otherwise) {
+  const char* text = std::getenv("THINKV_SEED");
+  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 0) : otherwise;
+  std::printf("seed %llu (replay: THINKV_SEED=%llu)\n", static_cast<unsigned long long>(seed),
+              static_cast<unsigned long long>(seed));
+  return seed;
+}
+
+}  // namespace thinkv::testing
