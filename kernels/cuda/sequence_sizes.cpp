@@ -18,8 +18,10 @@ uint32_t divide_up(uint64_t a, uint64_t b) {
 }
 
 Format resolve(const ModelGeometry& geometry, Format format) {
+  const bool bf16 = geometry.value_type == ValueType::kBf16;
+  if (is_think(format)) return bf16 ? Format::kThinkBf16 : Format::kThink;
   if (!is_16bit(format)) return format;
-  return geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
+  return bf16 ? Format::kBf16 : Format::kF16;
 }
 
 uint32_t slots_of(const ModelGeometry& geometry, Format format) {
@@ -45,17 +47,38 @@ uint32_t per_table(const ModelGeometry& geometry, const PolicyParams& policy) {
   return descriptors_per_page(geometry.head_dim, score_bytes(policy));
 }
 
-// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes.
-uint32_t lowering_slots(const ModelGeometry& geometry, Format target) {
+bool writes_any_blocks(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) any = any || writes_blocks(policy.rules[i]);
+  return any;
+}
+
+// The formats that pages of the policy's lanes can have are below it.
+uint32_t formats_end(const PolicyParams& policy) {
+  return writes_any_blocks(policy) ? kAllFormatCount : kFormatCount;
+}
+
+// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes, or
+// into a block from anywhere, sparse blocks too.
+uint32_t lowering_slots(const ModelGeometry& geometry, const PolicyParams& policy, Format target) {
+  if (is_block(target)) return kSlotsPerPageMax;
   const auto payload = [&](Format format) {
     return page_layout(format, geometry.head_dim).slot_payload_bytes();
   };
   uint32_t most = 0;
-  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+  for (uint32_t raw = 1; raw < formats_end(policy); ++raw) {
     const Format other = resolve(geometry, static_cast<Format>(raw));
     if (payload(other) > payload(target)) most = std::max(most, slots_of(geometry, other));
   }
   return most;
+}
+
+// Pages for that many tokens: whole blocks only, in the smaller ones where a layer has no partner.
+uint32_t pages_of_recoding(const ModelGeometry& geometry, Format target, uint64_t tokens) {
+  if (!is_block(target)) return divide_up(tokens, slots_of(geometry, target));
+  const uint32_t least =
+      std::min(slots_of(geometry, target), slots_of(geometry, single_of(target)));
+  return static_cast<uint32_t>(tokens / least);
 }
 
 // What the rules that fire can take in one lane of a sequence of `tokens` tokens; free slots are
@@ -69,8 +92,8 @@ uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
     const Format target = resolve(geometry, rule.recode_format);
     // A flush of this step may bring 16 tokens more than the pages held.
     const uint64_t held =
-        uint64_t{lane_pages_max} * lowering_slots(geometry, target) + kBufferTokens;
-    pages += divide_up(std::min(held, tokens), slots_of(geometry, target));
+        uint64_t{lane_pages_max} * lowering_slots(geometry, policy, target) + kBufferTokens;
+    pages += pages_of_recoding(geometry, target, std::min(held, tokens));
   }
   return static_cast<uint32_t>(pages);
 }
@@ -163,7 +186,7 @@ uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                       uint32_t lane_pages_max, Format format) {
   const Format target = resolve(geometry, format);
   uint32_t most_slots = 0;  // of a page that is not yet in the format
-  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+  for (uint32_t raw = 1; raw < formats_end(policy); ++raw) {
     const Format other = resolve(geometry, static_cast<Format>(raw));
     if (other != target) most_slots = std::max(most_slots, slots_of(geometry, other));
   }
@@ -194,7 +217,8 @@ uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& pol
   }
   for (uint32_t i = 0; i < policy.rule_count; ++i) {
     if (policy.rules[i].action != RankAction::kRecode) continue;
-    slots = std::max(slots, slots_of(geometry, policy.rules[i].recode_format));
+    const Format format = policy.rules[i].recode_format;
+    slots = std::max({slots, slots_of(geometry, format), slots_of(geometry, single_of(format))});
   }
   return std::min(held, (rank_rows_max(policy, geometry.head_dim) - 1) / slots);
 }
@@ -227,9 +251,6 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
   THINKV_TRY(validate(geometry));
   if (!policy_params_valid(policy)) {
     return make_error(kInvalidArgument, "the policy's parameters contradict each other");
-  }
-  if (const char* const reason = block_format_refusal(policy)) {
-    return make_error(kUnsupported, reason);
   }
   if (policy.evict == EvictRule::kRank) {
     if (const char* const reason = rank_unsupported(policy)) {

@@ -20,13 +20,20 @@ struct BlockCase {
   unsigned char* page;
   Format format;
   uint32_t head_dim;
-  BlockRows rows;
-  float eta;
+  const float* values[2][2];  // [slots, head_dim] of V and K, of the first and the second layer
+  BlockNotes notes;
 };
 
 __global__ void __launch_bounds__(128) encode_kernel(const BlockCase c) {
-  __shared__ BlockRanges ranges;
-  encode_block(c.page, block_shape(c.head_dim, c.format), c.rows, c.eta, ranges);
+  __shared__ BlockTile tile;
+  const auto load = [&](const BlockPart& part, float* rows) {
+    const float* from = c.values[part.is_k ? 1 : 0][part.second ? 1 : 0];
+    for (uint32_t i = threadIdx.x; i < part.slots * part.dims; i += blockDim.x) {
+      const uint32_t slot = part.first_slot + i / part.dims, dim = part.first_dim + i % part.dims;
+      rows[i] = from[slot * c.head_dim + dim];
+    }
+  };
+  encode_block(c.page, block_shape(c.head_dim, c.format), c.notes, load, tile);
 }
 
 // k, v: [slots, kDim].
@@ -75,9 +82,12 @@ class Rows {
       channels[d / 64] |= bit;
     }
   }
-  [[nodiscard]] BlockRows view() const {
-    return {k.data(),        v.data(),        positions.data(),
-            second_k.data(), second_v.data(), reinterpret_cast<const uint32_t*>(channels.data())};
+  [[nodiscard]] BlockCase to(unsigned char* page, Format format, uint32_t dim, float eta) const {
+    return {page,
+            format,
+            dim,
+            {{v.data(), second_v.data()}, {k.data(), second_k.data()}},
+            {positions.data(), reinterpret_cast<const uint32_t*>(channels.data()), eta}};
   }
 
   std::vector<float> k, v, second_k, second_v;
@@ -157,7 +167,7 @@ TEST(CudaBlock, EncodesTheBytesOfTheOracle) {
         const Rows rows(slots, dim, kind, slots + dim);
         Page expected = encode_by_oracle(format, dim, rows, eta), page;
         std::memset(page.bytes, 0xA5, sizeof page.bytes);
-        const BlockCase c{page.bytes, format, dim, rows.view(), eta};
+        const BlockCase c = rows.to(page.bytes, format, dim, eta);
         ASSERT_EQ(launch(encode_kernel, {.blocks = 1, .threads = 128}, nullptr, c), cudaSuccess);
         ASSERT_EQ(std::memcmp(page.bytes, expected.bytes, sizeof page.bytes), 0)
             << "kind " << static_cast<int>(kind) << " eta " << eta;
