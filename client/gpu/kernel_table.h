@@ -54,7 +54,7 @@ struct KernelTable {
   uint32_t (*recode_pages)(const ModelGeometry&, const PolicyParams&, uint32_t lane_pages_max,
                            Format);
   Status (*supported)(const ModelGeometry&, const PolicyParams&);
-  uint32_t (*lane_pages_limit)(const ModelGeometry&, const PolicyParams&);
+  uint32_t (*lane_pages_limit)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
 };
 
 // Null in a library that was built without CUDA.

@@ -142,9 +142,8 @@ __device__ inline void encode_group(unsigned char* page, const BlockLayout& layo
   const float inverse = inverse_of(range, layout.bits);
   unsigned char* row = page + layout.v_offset + slot * layout.v_row_bytes();
   for (uint32_t d = 0; d < layout.v_group; d += 8) {
-    put_eight(row + (group * layout.v_group + d) * layout.bits / 8, layout.bits, [&](uint32_t n) {
-      return code_of(values[d + n], range.low, inverse, layout.bits);
-    });
+    put_eight(row + (group * layout.v_group + d) * layout.bits / 8, layout.bits,
+              [&](uint32_t n) { return code_of(values[d + n], range.low, inverse, layout.bits); });
   }
 }
 

@@ -17,8 +17,8 @@ __device__ __forceinline__ void decode_token(float (&x)[kDim / 8], unsigned char
     return decode_block_vector<kDim, kIsK>(x, page, block_shape(kDim, format), slot);
   }
   const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
-  decode_vector<kDim, kIsK>(
-      x, format, vector_place<kDim, kIsK>(page, shape, coding_of<kIsK>(format), slot));
+  decode_vector<kDim, kIsK>(x, format,
+                            vector_place<kDim, kIsK>(page, shape, coding_of<kIsK>(format), slot));
 }
 
 // The token at a place, descriptor << 6 | slot; x stays as it is where metadata is bad.

@@ -112,8 +112,10 @@ struct BatchView {
                                     uint32_t lane_pages_max, Format format);
 // Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
 [[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
-// Pages that one lane's table can hold.
-[[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy);
+// Pages that one lane may have where it holds at most `tokens` tokens: those of its table, or of
+// more tokens than rank rules take, so few that they hold no more than that.
+[[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy,
+                                        uint32_t tokens);
 
 // ---- launches; each returns cudaSuccess or a launch error ----
 

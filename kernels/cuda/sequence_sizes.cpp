@@ -206,9 +206,10 @@ bool ranks_rows(const PolicyParams& policy) {
 
 }  // namespace
 
-uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
+uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy,
+                          uint32_t tokens) {
   const uint32_t held = kTablePagesMax * per_table(geometry, policy);
-  if (!ranks_rows(policy)) return held;
+  if (!ranks_rows(policy) || tokens < rank_rows_max(policy, geometry.head_dim)) return held;
   // Rules rank the tokens of a lane in the memory of a block.
   uint32_t slots = slots_of(geometry, policy.prompt_format);
   slots = std::max<uint32_t>(slots, slots_of(geometry, policy.sink_format));

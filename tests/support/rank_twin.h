@@ -137,7 +137,8 @@ inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens,
   for (uint32_t i = 0; i < 66; ++i) batch.step();
   if (wrong.empty()) wrong = compared(batch, "66 steps");
   const kernels::SequenceStats stats = batch.twin(0)->host->stats();
-  if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0) wrong = "the rules did nothing";
+  if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0)
+    wrong = "the rules did nothing";
   return wrong;
 }
 

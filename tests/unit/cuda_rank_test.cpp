@@ -47,7 +47,11 @@ TEST(CudaRankLong, LanesThatNoBlockHoldsAreRefusedByTheirPages) {
   ASSERT_TRUE(policy.has_value());
   const ModelGeometry g{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 256};
   const uint32_t slots = page_layout(Format::kF16, 256).slots;
-  EXPECT_EQ(lane_pages_limit(g, *policy), (kRankRowsMax - 1) / slots);
+  const uint32_t taken = rank_rows_max(*policy, 256);
+  EXPECT_EQ(lane_pages_limit(g, *policy, taken), (taken - 1) / slots);
+  // So few tokens are taken wherever they lie.
+  EXPECT_EQ(lane_pages_limit(g, *policy, taken - 1),
+            kTablePagesMax * descriptors_per_page(256, score_bytes(*policy)));
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {
