@@ -105,7 +105,7 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   const KernelTable& kernels = engine_->kernels();
   const uint32_t limit = kernels.lane_pages_limit(geometry, policy_, tokens);
   if (lane_pages > limit) {
-    return describe(kUnsupported, "a lane of %u pages is more than a table on the GPU holds (%u)",
+    return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
                     lane_pages, limit);
   }
   const auto lock = engine_->lock();
