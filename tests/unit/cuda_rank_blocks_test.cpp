@@ -34,23 +34,23 @@ void expect_same(const PolicyParams& policy, const ModelGeometry& geometry) {
   EXPECT_GT(tally.recoded, geometry.lanes() * 150u) << "the rules do nothing";
 }
 
-TEST(MethodKivi, AgreesWithTheHost) {
+TEST(MethodKivi, OnTheDeviceAsOnTheHost) {
   expect_same(policy_of("kivi"), geometry_of(2, 64));
   expect_same(policy_of("kivi"), geometry_of(1, 256, ValueType::kBf16));
 }
-TEST(MethodKivi, FourAndOneBitsAgreeWithTheHost) {
+TEST(MethodKivi, FourAndOneBitsOnTheDeviceAsOnTheHost) {
   expect_same(policy_of("kivi", Format::kKivi4), geometry_of(1, 128));
   expect_same(policy_of("kivi", Format::kKivi1), geometry_of(1, 128));
 }
-TEST(MethodThinK, AgreesWithTheHost) {
+TEST(MethodThinK, OnTheDeviceAsOnTheHost) {
   expect_same(policy_of("think"), geometry_of(2, 64));
   expect_same(policy_of("think"), geometry_of(1, 256, ValueType::kBf16));
 }
-TEST(MethodXQuant, AgreesWithTheHost) {
+TEST(MethodXQuant, OnTheDeviceAsOnTheHost) {
   expect_same(policy_of("xquant"), geometry_of(5, 64));
   expect_same(policy_of("xquant"), geometry_of(4, 128, ValueType::kBf16));
 }
-TEST(MethodXQuant, OneBitAgreesWithTheHost) {
+TEST(MethodXQuant, OneBitOnTheDeviceAsOnTheHost) {
   expect_same(policy_of("xquant", Format::kPair1), geometry_of(4, 64));
 }
 
