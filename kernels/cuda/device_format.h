@@ -65,7 +65,7 @@ struct DeviceLane {
   // Ids of pages that rank rules emptied in the step in progress: in the descriptors behind those
   // in use. The lane's next new page is the first of them; what is left goes at the step's end.
   uint16_t pending;
-  uint8_t mask;  // kFirstFit: the mask that was chosen
+  uint8_t mask;             // kFirstFit: the mask that was chosen
   uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
   uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
   uint32_t reserved0;

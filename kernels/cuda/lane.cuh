@@ -305,8 +305,8 @@ __device__ __forceinline__ void count_free(const LaneView& lane, uint32_t format
   return !is_pair(static_cast<Format>(descriptor->format));
 }
 
-// The slots stop to count and, but of a block, become writable. Called by one thread of the lane's warp.
-// Requires: all of `slots` live.
+// The slots stop to count and, but of a block, become writable. Called by one thread of the lane's
+// warp. Requires: all of `slots` live.
 __device__ __forceinline__ void drop_slots(const LaneView& lane, DeviceDescriptor* descriptor,
                                            uint64_t slots) {
   const auto count = static_cast<uint32_t>(__popcll(slots));

@@ -77,10 +77,12 @@ __device__ inline uint32_t recode_fated(const RankItem& item, Format format, con
   return moved;
 }
 
-// As SequenceState::recode_format() of the host: of a pair format, the layer's view.
+// As SequenceState::recode_format() of the host: of a pair format, the layer's view. kNone where no
+// rule may have the format.
 [[nodiscard]] __device__ __forceinline__ Format recode_format(const BatchView& view,
                                                               const RankRule& rule,
                                                               uint32_t layer) {
+  if (!recode_format_valid(static_cast<uint8_t>(rule.recode_format))) return Format::kNone;
   const Format format = resolve_format(view, rule.recode_format);
   if (!is_pair(format)) return format;
   if (layer % 2 == 1) return second_of(format);

@@ -1,5 +1,7 @@
 // Policies that recode to blocks of tokens, on the device in the emulator beside the host: the
 // shipped ones in every width, and rules drawn by chance.
+#include <algorithm>
+#include <set>
 #include <string>
 
 #include "gtest/gtest.h"
@@ -58,6 +60,69 @@ TEST(MethodXQuant, OneBitOnTheDeviceAsOnTheHost) {
 TEST(BlockPolicies, LongPromptsAgreeWithTheHost) {
   for (const char* name : testing::kBlockPolicies) {
     EXPECT_EQ(testing::run_long_prompt(policy_of(name), kRankRowsFew + 200, 4), "") << name;
+  }
+}
+
+// A step of all rows with the same numbers, whatever the state of their metadata.
+void step_blindly(testing::TwinBatch& batch) {
+  const BatchView view = batch.pool().view();
+  const ModelGeometry& g = view.geometry;
+  testing::DeviceVector<float> rows(uint64_t{view.capacity} * g.kv_heads * g.head_dim);
+  std::fill_n(rows.data(), rows.size(), 1.0f);
+  batch.pool().supply(512);
+  ASSERT_EQ(launch_begin(view, nullptr), cudaSuccess);
+  for (uint32_t layer = 0; layer < g.layers; ++layer) {
+    ASSERT_EQ(launch_append(view, layer, rows.data(), rows.data(), Element::kF32, nullptr),
+              cudaSuccess);
+  }
+  ASSERT_EQ(launch_end(view, nullptr), cudaSuccess);
+  testing::device_wait();
+}
+
+// One word of the metadata is damaged before a rule fires: it recodes nothing by it, and says so
+// where it must.
+TEST(BlockPolicies, BadMetadataOfAPairIsNotFollowed) {
+  for (uint32_t damage = 0; damage < 5; ++damage) {
+    SCOPED_TRACE(damage);
+    testing::TwinBatch batch({.geometry = geometry_of(4, 64), .capacity = 2, .extent_pages = 1024});
+    for (const uint32_t row : {0u, 1u}) {
+      batch.open(row, policy_of("xquant"));
+      batch.prefill(row, 70);
+    }
+    for (uint32_t i = 0; i < 31; ++i) batch.step();
+    ASSERT_EQ(testing::compared(batch, "before"), "");
+    const testing::DeviceReader reader(batch.pool(), batch.twin(0)->root);
+    DeviceLane& first = reader.lane(4);                 // of layer 2
+    DeviceDescriptor *pair = nullptr, *wide = nullptr;  // of the oldest tokens
+    for (uint32_t i = 0; i < first.pages; ++i) {
+      DeviceDescriptor& d = reader.descriptor(first, i);
+      auto*& oldest = is_pair(static_cast<Format>(d.format)) ? pair : wide;
+      if (oldest == nullptr || d.first_position < oldest->first_position) oldest = &d;
+    }
+    ASSERT_TRUE(pair != nullptr && wide != nullptr);
+    Format& format = reader.header().policy.rules[1].recode_format;
+    if (damage == 0) wide->live &= wide->live - 1;
+    if (damage == 1) pair->page = PageId::kNoneRaw;
+    if (damage == 2) wide->format = kAllFormatCount;
+    if (damage == 3) format = Format::kPair2Second;
+    if (damage == 4) format = static_cast<Format>(200);
+    const uint64_t before = reader.header().counters.recoded_slots;
+    ASSERT_NO_FATAL_FAILURE(step_blindly(batch));
+    const uint32_t faults = batch.pool().lease().faults;
+    EXPECT_EQ(faults, damage < 3 ? kBadMetadata : 0u);
+    if (damage >= 3) {
+      EXPECT_EQ(reader.header().counters.recoded_slots, before);
+    }
+    // The neighbour has what the host would have.
+    std::string wrong;
+    std::set<uint32_t> owned;
+    const testing::DeviceReader other(batch.pool(), batch.twin(1)->root);
+    other.check(owned, wrong);
+    EXPECT_EQ(wrong, "");
+    EXPECT_EQ(other.header().counters.recoded_slots, 4u * 44 + 4u * 64);
+    for (const uint32_t row : {0u, 1u}) {
+      ASSERT_EQ(launch_close(batch.pool().view(), batch.twin(row)->root, nullptr), cudaSuccess);
+    }
   }
 }
 
