@@ -106,6 +106,11 @@ inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry ge
   batch.open(0, policy);
   if (wrong.empty()) wrong = compared_steps(batch, 70);
   batch.copy(1);
+  // Just half of the second block, which makes it sparse.
+  const Format format = policy.rules[policy.rule_count - 1].recode_format;
+  const uint32_t slots = page_layout(format, geometry.head_dim).slots;
+  batch.evict(1, positions_from(slots, slots + slots / 2));
+  if (wrong.empty()) wrong = compared_steps(batch, 33);
   batch.evict(1, {1, 2, 3, 70, 110, 111, 112});
   batch.evict(1, positions_from(100, 140));
   if (wrong.empty()) wrong = compared(batch, "after an eviction");

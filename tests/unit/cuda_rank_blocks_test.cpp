@@ -63,6 +63,29 @@ TEST(BlockPolicies, LongPromptsAgreeWithTheHost) {
   }
 }
 
+// Zeros, outliers, tiny and huge numbers and NaN: ranges of width 0, channels of equal energy.
+TEST(BlockPolicies, WildNumbersAgreeWithTheHost) {
+  for (const char* name : testing::kBlockPolicies) {
+    testing::TwinBatch batch({.geometry = geometry_of(4, 64), .extent_pages = 1024, .wild = true});
+    batch.open(0, policy_of(name));
+    batch.prefill(0, 100);
+    EXPECT_EQ(testing::compared(batch, "the prompt"), "") << name;
+    for (uint32_t i = 0; i < 66; ++i) batch.step();
+    EXPECT_EQ(testing::compared(batch, "66 steps"), "") << name;
+  }
+}
+
+// Slots of 44 tokens, of which pairs of 32 leave rests in both lanes: these move together.
+TEST(BlockPolicies, BothLanesOfAPairAreCompacted) {
+  PolicyParams policy = policy_of("xquant");
+  policy.prompt_format = Format::kK4V2;
+  testing::TwinBatch batch({.geometry = geometry_of(4, 128), .extent_pages = 1024});
+  batch.open(0, policy);
+  batch.prefill(0, 200);
+  EXPECT_EQ(testing::compared(batch, "the prompt"), "");
+  EXPECT_GT(batch.twin(0)->host->stats().gathered_bytes, 0u);
+}
+
 // A step of all rows with the same numbers, whatever the state of their metadata.
 void step_blindly(testing::TwinBatch& batch) {
   const BatchView view = batch.pool().view();
@@ -124,6 +147,32 @@ TEST(BlockPolicies, BadMetadataOfAPairIsNotFollowed) {
       ASSERT_EQ(launch_close(batch.pool().view(), batch.twin(row)->root, nullptr), cudaSuccess);
     }
   }
+}
+
+// Of what a rule's lanes put aside, the page of a pair that died meanwhile is the second's.
+TEST(BlockPolicies, APairThatIsEmptyWhenARuleFiresGoesOnce) {
+  testing::TwinBatch batch({.geometry = geometry_of(4, 64), .capacity = 1, .extent_pages = 1024});
+  batch.open(0, policy_of("xquant"));
+  batch.prefill(0, 70);
+  for (uint32_t i = 0; i < 31; ++i) batch.step();
+  const testing::DeviceReader reader(batch.pool(), batch.twin(0)->root);
+  for (const uint32_t index : {4u, 6u}) {  // the same kv head of layers 2 and 3
+    DeviceLane& lane = reader.lane(index);
+    for (uint32_t i = 0; i < lane.pages; ++i) {
+      DeviceDescriptor& d = reader.descriptor(lane, i);
+      if (!is_block(static_cast<Format>(d.format))) continue;
+      lane.live -= 32;
+      lane.live_prompt -= 32;
+      d.live = 0;
+    }
+  }
+  ASSERT_NO_FATAL_FAILURE(step_blindly(batch));
+  EXPECT_EQ(batch.pool().lease().faults, 0u);
+  std::string wrong;
+  std::set<uint32_t> owned;
+  reader.check(owned, wrong);
+  EXPECT_EQ(wrong, "");
+  EXPECT_EQ(batch.pool().lease().used_total, owned.size());
 }
 
 TEST(BlockPoliciesRandom, RulesAgreeWithTheHost) {
