@@ -83,7 +83,7 @@ __device__ bool run_on_item(const RankItem& item, const RankRule& rule) {
 
 // A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In
 // decoding nothing moves: evicted slots are written again within a few flushes.
-__device__ void compact_item(const RankItem& item) {
+__device__ THINKV_OUT_OF_LINE void compact_item(const RankItem& item) {
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
     if (lane.lane == nullptr) continue;

@@ -101,8 +101,8 @@ __device__ inline uint32_t recode_fated(const RankItem& item, Format format, con
 
 // `lane`: number `index` of the sequence, whose rows are gathered.
 template <int kDim>
-__device__ inline void apply_fates(const RankItem& item, const RankRule& rule, const LaneView& lane,
-                                   uint32_t index, uint32_t n) {
+__device__ THINKV_OUT_OF_LINE void apply_fates(const RankItem& item, const RankRule& rule,
+                                               const LaneView& lane, uint32_t index, uint32_t n) {
   uint32_t changed = rank_detail::drop_fated(item, lane, n);
   if (rule.action == RankAction::kRecode) {
     const Format format = rank_detail::recode_format(*item.batch, rule, item.layer());

@@ -126,8 +126,8 @@ struct BlockTokens {
 
 // Of tokens at `place`, which begins with the block's first: what encode_block() asks for.
 template <int kDim>
-__device__ inline void load_tokens(const LaneView& lane, const uint32_t* place,
-                                   const BlockPart& part, float* out) {
+__device__ THINKV_OUT_OF_LINE void load_tokens(const LaneView& lane, const uint32_t* place,
+                                               const BlockPart& part, float* out) {
   for (uint32_t i = threadIdx.x / 8; i < part.slots; i += blockDim.x / 8) {
     float x[kDim / 8] = {};
     const uint32_t from = place[part.first_slot + i];

@@ -9,6 +9,7 @@
 #include "kernels/cuda/codec_block_encode.cuh"
 #include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/compact.cuh"
+#include "kernels/cuda/out_of_line.cuh"
 #include "kernels/cuda/rank_step.cuh"
 #include "kernels/cuda/recode.cuh"
 #include "kernels/cuda/select.cuh"

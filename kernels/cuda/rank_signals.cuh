@@ -25,8 +25,8 @@ __device__ inline void read_attention(const RankItem& item, const LaneView& lane
 
 // rows.number times the norm of the token's value; eight threads a row (policy::dot).
 template <int kDim>
-__device__ inline void multiply_by_value_norm(const RankItem& item, const LaneView& lane,
-                                              uint32_t n) {
+__device__ THINKV_OUT_OF_LINE void multiply_by_value_norm(const RankItem& item,
+                                                          const LaneView& lane, uint32_t n) {
   const RankRows& rows = item.rows;
   for (uint32_t base = 0; base < n; base += blockDim.x / 8) {
     const uint32_t i = base + threadIdx.x / 8;

@@ -29,8 +29,8 @@ struct Tiles {
 
 // Keys first .. first + kTile - 1 of the rows, of length 1; zeros beyond n. Eight threads a key.
 template <int kDim>
-__device__ inline void load_tile(const RankItem& item, const LaneView& lane, uint32_t first,
-                                 uint32_t n, float* tile) {
+__device__ THINKV_OUT_OF_LINE void load_tile(const RankItem& item, const LaneView& lane,
+                                             uint32_t first, uint32_t n, float* tile) {
   const uint32_t row = threadIdx.x / 8, i = first + row, l = threadIdx.x % 8;
   float x[kDim / 8] = {};
   if (i < n) decode_place<kDim, true>(x, lane, item.rows.place[i]);

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/lane_write.cuh"
+#include "kernels/cuda/out_of_line.cuh"
 
 namespace thinkv::cuda {
 
@@ -44,8 +45,8 @@ __device__ __forceinline__ void list_tokens(const LaneView& lane, DeviceDescript
 
 // A token for each eight threads at a time, from the page `from` to its place.
 template <int kDim>
-__device__ void move_tokens(const RecodeShared& shared, unsigned char* from, Format old_format,
-                            Format format, uint32_t count) {
+__device__ THINKV_OUT_OF_LINE void move_tokens(const RecodeShared& shared, unsigned char* from,
+                                               Format old_format, Format format, uint32_t count) {
   const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
   for (uint32_t base = 0; base < count; base += blockDim.x / 8) {
     const uint32_t token = base + threadIdx.x / 8;
