@@ -173,6 +173,11 @@ TEST(BlockPolicies, APairThatIsEmptyWhenARuleFiresGoesOnce) {
   reader.check(owned, wrong);
   EXPECT_EQ(wrong, "");
   EXPECT_EQ(batch.pool().lease().used_total, owned.size());
+  const Lease& lease = batch.pool().lease();
+  for (uint32_t i = 0; i < lease.count; ++i) {
+    EXPECT_NE(lease.pages[i], PageId::kNoneRaw);
+    EXPECT_TRUE(owned.insert(lease.pages[i]).second) << "a page is free and held, or free twice";
+  }
 }
 
 TEST(BlockPoliciesRandom, RulesAgreeWithTheHost) {
