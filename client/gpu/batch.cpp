@@ -293,14 +293,17 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
       lane_pages += sequence->lane_pages_of(step);
       pages.taken += step;
     }
-    const uint32_t tokens = sequence->prompt_tokens() + sequence->generated_tokens() + steps;
     const uint32_t limit =
-        engine_->kernels().lane_pages_limit(engine_->geometry(), sequence->policy(), tokens);
+        engine_->kernels().lane_pages_limit(engine_->geometry(), sequence->policy());
     if (lane_pages > limit) {
       return describe(kUnsupported,
                       "a lane cannot hold more than %u pages: evict or use fewer bits", limit);
     }
     pages.listed += heads * (lane_pages + 2);
+    pages.ranked = std::max(pages.ranked, engine_->kernels().rank_memory_tokens(
+                                              engine_->geometry(), sequence->policy(), lane_pages,
+                                              uint64_t{sequence->prompt_tokens()} +
+                                                  sequence->generated_tokens() + steps));
   }
   return pages;
 }
@@ -331,6 +334,7 @@ Status GpuBatch::reserve(uint32_t steps) {
   const auto lock = engine_->lock();
   THINKV_TRY(poll());
   THINKV_ASSIGN_OR_RETURN(const StepPages pages, make_room(steps));
+  THINKV_TRY(engine_->make_rank_memory(pages.ranked));
   THINKV_TRY(engine_->promise(pages.taken));
   for (GpuSequence* sequence : rows_) {
     if (sequence != nullptr) sequence->count_steps(steps);

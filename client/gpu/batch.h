@@ -62,6 +62,8 @@ class GpuBatch {
   [[nodiscard]] Status attend(uint32_t layer, const Attend& io);
   [[nodiscard]] Status end();
 
+  // Steps that were reserved and that the GPU did not report yet: they may still have to run.
+  [[nodiscard]] uint64_t unreported_steps() const { return reserved_steps_ - reported_steps_; }
   // Live slots over all lanes and rows at the last step that the GPU reported.
   [[nodiscard]] uint64_t live_slots() const;
 
@@ -76,6 +78,7 @@ class GpuBatch {
   struct StepPages {
     uint64_t taken;   // at most, by the steps
     uint64_t listed;  // at most, in one layer's list
+    uint64_t ranked;  // tokens of a lane that rules have no room for in a block, or 0
   };
   [[nodiscard]] Result<StepPages> pages_of_steps(uint32_t steps) const;
   [[nodiscard]] Result<StepPages> make_room(uint32_t steps);

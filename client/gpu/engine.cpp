@@ -48,6 +48,8 @@ Status GpuEngine::make_memory() {
       stack_, GpuMemory::make(gpu, Place::kDevice, pages * sizeof(uint32_t), "the page lease"));
   THINKV_ASSIGN_OR_RETURN(staging_, GpuMemory::make(gpu, Place::kPinnedHost,
                                                     kStagingPages * sizeof(uint32_t), "page ids"));
+  THINKV_ASSIGN_OR_RETURN(
+      rank_memory_, GpuMemory::make(gpu, Place::kDevice, sizeof(cuda::RankMemory), "rank rules"));
   THINKV_ASSIGN_OR_RETURN(answer_,
                           GpuMemory::make(gpu, Place::kPinnedHost, kAnswerBytes, "answers"));
   const cuda::ContextScope context(gpu);
@@ -82,6 +84,7 @@ cuda::BatchView GpuEngine::view() const {
   view.pool = {window_->base(), window_->extent_bytes(), window_->extents()};
   view.geometry = geometry_;
   view.lease = lease_.as<cuda::Lease>();
+  view.rank_memory = rank_memory_.as<cuda::RankMemory>();
   return view;
 }
 
@@ -165,6 +168,28 @@ Status GpuEngine::promise(uint64_t pages) {
     }
   }
   promised_ += pages;
+  return {};
+}
+
+Status GpuEngine::make_rank_memory(uint64_t tokens) {
+  const std::lock_guard lock(mutex_);
+  if (tokens <= rank_tokens_) return {};
+  THINKV_TRY(refuse_capture("working memory cannot grow"));
+  const cuda::RankMemoryShape shape = kernels_->rank_memory_shape(tokens, multiprocessors_);
+  THINKV_ASSIGN_OR_RETURN(GpuMemory rows, GpuMemory::make(gpu(), Place::kDevice, shape.bytes,
+                                                          "rank rules of long lanes"));
+  THINKV_TRY(synchronise());  // nobody uses the old rows any more
+  const cuda::ContextScope context(gpu());
+  THINKV_TRY(context.status());
+  const cuda::RankMemory memory{rows.as<unsigned char>(), shape.room, shape.blocks};
+  const cuda::Driver& driver = gpu().driver();
+  THINKV_TRY(cuda::driver_status(
+      driver,
+      driver.memcpy_to_device(reinterpret_cast<cuda::DevicePointer>(rank_memory_.as<void>()),
+                              &memory, sizeof(memory)),
+      "cuMemcpyHtoD"));
+  rank_rows_ = std::move(rows);
+  rank_tokens_ = std::max<uint64_t>(tokens, shape.room - 1);
   return {};
 }
 

@@ -49,6 +49,9 @@ class GpuEngine {
   // Makes sure that what is enqueued next can take `pages`. On error nothing has changed.
   // Errors: kExhausted, kQuotaExceeded, kUnavailable.
   [[nodiscard]] Status promise(uint64_t pages);
+  // Working memory of rank rules for lanes of `tokens` tokens; waits for the stream where it has to
+  // grow. Errors: kExhausted, with the bytes; kInvalidArgument while the stream is being captured.
+  [[nodiscard]] Status make_rank_memory(uint64_t tokens);
   // What was promised last is not needed: nothing of it was or will be enqueued.
   void take_back(uint64_t pages);
   // What was promised since the start: remembered with a step, and given back with its report.
@@ -98,6 +101,9 @@ class GpuEngine {
   GpuMemory stack_;    // its pages
   GpuMemory staging_;  // pinned: page ids on their way to and from the device
   GpuMemory answer_;
+  GpuMemory rank_memory_;  // cuda::RankMemory
+  GpuMemory rank_rows_;    // its rows
+  uint64_t rank_tokens_ = 0;
   uint32_t staged_ = 0;  // ids in staging_ that a kernel may not have read yet
 
   uint64_t refilled_ = 0;  // pages pushed by the host less pages drained

@@ -43,6 +43,8 @@ constexpr KernelTable kTable = {
     .prefill_end_pages = cuda::prefill_end_pages,
     .step_pages = cuda::step_pages,
     .recode_pages = cuda::recode_pages,
+    .rank_memory_tokens = cuda::rank_memory_tokens,
+    .rank_memory_shape = cuda::rank_memory_shape,
     .supported = cuda::supported,
     .lane_pages_limit = cuda::lane_pages_limit,
 };

@@ -48,13 +48,16 @@ struct KernelTable {
   uint64_t (*emit_scratch_bytes)(uint64_t pages, uint32_t group);
   uint32_t (*open_pages)(const ModelGeometry&, const PolicyParams&);
   uint32_t (*prefill_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
-  uint32_t (*prefill_end_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
-  uint32_t (*step_pages)(const ModelGeometry&, const PolicyParams&, uint32_t prompt,
-                         uint32_t generated, uint32_t lane_pages_max);
+  uint32_t (*prefill_end_pages)(const ModelGeometry&, const PolicyParams&, uint32_t budget,
+                                uint32_t tokens);
+  uint32_t (*step_pages)(const ModelGeometry&, const PolicyParams&, const cuda::StepSequence&);
   uint32_t (*recode_pages)(const ModelGeometry&, const PolicyParams&, uint32_t lane_pages_max,
                            Format);
+  uint64_t (*rank_memory_tokens)(const ModelGeometry&, const PolicyParams&, uint32_t pages,
+                                 uint64_t tokens);
+  cuda::RankMemoryShape (*rank_memory_shape)(uint64_t tokens, uint32_t multiprocessors);
   Status (*supported)(const ModelGeometry&, const PolicyParams&);
-  uint32_t (*lane_pages_limit)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
+  uint32_t (*lane_pages_limit)(const ModelGeometry&, const PolicyParams&);
 };
 
 // Null in a library that was built without CUDA.

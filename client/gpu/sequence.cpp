@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "client/error_text.h"
 #include "client/gpu/batch.h"
@@ -28,13 +29,13 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::open(GpuEngine& engine,
   THINKV_TRY(engine.refuse_capture("a sequence cannot be opened"));
   THINKV_TRY(engine.promise(kernels.open_pages(engine.geometry(), policy)));
   THINKV_ASSIGN_OR_RETURN(const PageId root, engine.take_root());
-  std::unique_ptr<GpuSequence> sequence(new GpuSequence(engine, policy, root));
+  const uint32_t budget = kernels::budget_in_tokens(options.budget_tokens, policy);
+  std::unique_ptr<GpuSequence> sequence(new GpuSequence(engine, policy, budget, root));
   sequence->traced_ = options.trace_sparsity;
   sequence->layer_given_.assign(engine.geometry().layers, 0);
   const cuda::ContextScope context(engine.gpu());
-  const int code = kernels.open(engine.view(), root.raw(), policy,
-                                kernels::budget_in_tokens(options.budget_tokens, policy),
-                                options.trace_sparsity, engine.stream());
+  const int code = kernels.open(engine.view(), root.raw(), policy, budget, options.trace_sparsity,
+                                engine.stream());
   if (const Status launched = GpuEngine::launched(code, "open"); !launched) {
     engine.give_root(root);
     sequence->root_ = kNoPage;
@@ -49,7 +50,8 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers held, numbers());
   THINKV_TRY(engine_->promise(held.data_pages + held.metadata_pages - 1));  // the root apart
   THINKV_ASSIGN_OR_RETURN(const PageId root, engine_->take_root());
-  std::unique_ptr<GpuSequence> copy(new GpuSequence(*engine_, policy_, root));
+  std::unique_ptr<GpuSequence> copy(new GpuSequence(*engine_, policy_, budget_, root));
+  copy->settled_from_ = settled_from_;
   copy->traced_ = traced_;
   copy->prompt_ = prompt_;
   copy->generated_ = generated_;
@@ -103,13 +105,15 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
       pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
       pages_for(geometry, policy_.prompt_format, tokens);
   const KernelTable& kernels = engine_->kernels();
-  const uint32_t limit = kernels.lane_pages_limit(geometry, policy_, tokens);
+  const uint32_t limit = kernels.lane_pages_limit(geometry, policy_);
   if (lane_pages > limit) {
     return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
                     lane_pages, limit);
   }
   const auto lock = engine_->lock();
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
+  THINKV_TRY(
+      engine_->make_rank_memory(kernels.rank_memory_tokens(geometry, policy_, lane_pages, tokens)));
   THINKV_TRY(engine_->promise(kernels.prefill_pages(geometry, policy_, tokens)));
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(kernels.prefill(engine_->view(), root_.raw(), layer, k, v, element,
@@ -129,7 +133,7 @@ Status GpuSequence::prefill_end() {
   }
   const auto lock = engine_->lock();
   const uint32_t pages =
-      engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, prompt_);
+      engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, budget_, prompt_);
   THINKV_TRY(engine_->promise(pages));
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(
@@ -187,25 +191,30 @@ Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format for
   const KernelTable& kernels = engine_->kernels();
   const uint32_t pages = kernels.recode_pages(engine_->geometry(), policy_, lane_pages_, format);
   THINKV_TRY(engine_->promise(pages));
+  THINKV_TRY(unsettle(lane_pages_ + pages / engine_->geometry().lanes()));
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(
       kernels.recode(engine_->view(), root_.raw(), first, last + 1, format, engine_->stream()),
       "recode"));
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
-  lane_pages_ = after.lane_pages_max;
+  if (batch_ == nullptr || batch_->unreported_steps() == 0) lane_pages_ = after.lane_pages_max;
   THINKV_TRY(engine_->settle());
   return after.recoded_slots - before.recoded_slots;
 }
 
 Status GpuSequence::set_budget(uint32_t budget_tokens) {
   THINKV_TRY(require_idle());
+  const uint32_t budget = kernels::budget_in_tokens(budget_tokens, policy_);
+  if (budget == budget_) return {};
   const auto lock = engine_->lock();
+  const uint32_t before = std::exchange(budget_, budget);
+  if (const Status promised = unsettle(lane_pages_); !promised) {
+    budget_ = before;
+    return promised;
+  }
   const cuda::ContextScope context(engine_->gpu());
   return GpuEngine::launched(
-      engine_->kernels().budget(engine_->view(), root_.raw(),
-                                kernels::budget_in_tokens(budget_tokens, policy_),
-                                engine_->stream()),
-      "budget");
+      engine_->kernels().budget(engine_->view(), root_.raw(), budget, engine_->stream()), "budget");
 }
 
 Result<cuda::SequenceNumbers> GpuSequence::numbers() {
@@ -236,9 +245,38 @@ Status GpuSequence::sparsity(std::span<float> out) {
   return {};
 }
 
+cuda::StepSequence GpuSequence::before_step(uint32_t generated, uint32_t lane_pages) const {
+  return {.prompt = prompt_,
+          .generated = generated,
+          .lane_pages_max = lane_pages,
+          .budget = budget_,
+          .settled_from = settled_from_};
+}
+
 uint32_t GpuSequence::step_pages(uint32_t ahead, uint32_t lane_pages) const {
-  return engine_->kernels().step_pages(engine_->geometry(), policy_, prompt_, generated_ + ahead,
-                                       lane_pages);
+  return engine_->kernels().step_pages(engine_->geometry(), policy_,
+                                       before_step(generated_ + ahead, lane_pages));
+}
+
+Status GpuSequence::unsettle(uint32_t lane_pages) {
+  if (policy_.evict != EvictRule::kRank) return {};
+  const uint32_t before = std::exchange(settled_from_, generated_ + 1);
+  const uint64_t waiting = batch_ == nullptr ? 0 : batch_->unreported_steps();
+  uint64_t pages = 0;
+  for (auto at = static_cast<uint32_t>(generated_ - std::min<uint64_t>(waiting, generated_));
+       at < generated_; ++at) {
+    const uint32_t step =
+        engine_->kernels().step_pages(engine_->geometry(), policy_, before_step(at, lane_pages));
+    lane_pages += lane_pages_of(step);
+    pages += step;
+  }
+  const Status promised = engine_->promise(pages);
+  if (promised) {
+    lane_pages_ = std::max(lane_pages_, lane_pages);
+  } else {
+    settled_from_ = before;
+  }
+  return promised;
 }
 
 uint32_t GpuSequence::lane_pages_of(uint32_t step_pages) const {

@@ -73,12 +73,18 @@ class GpuSequence {
   void bound_lane_pages(uint32_t pages) { lane_pages_ = pages; }
 
  private:
-  GpuSequence(GpuEngine& engine, const PolicyParams& policy, PageId root)
-      : engine_(&engine), policy_(policy), root_(root) {}
+  GpuSequence(GpuEngine& engine, const PolicyParams& policy, uint32_t budget, PageId root)
+      : engine_(&engine), policy_(policy), budget_(budget), root_(root) {}
   [[nodiscard]] Status require_idle() const;
+  [[nodiscard]] cuda::StepSequence before_step(uint32_t generated, uint32_t lane_pages) const;
+  // The client changes what rules will find, in lanes that then have at most `lane_pages` pages:
+  // the steps that were reserved and may still have to run were promised less.
+  [[nodiscard]] Status unsettle(uint32_t lane_pages);
 
   GpuEngine* engine_;
   PolicyParams policy_;
+  uint32_t budget_;            // as launch_open's
+  uint32_t settled_from_ = 0;  // of cuda::StepSequence
   PageId root_;
   bool traced_ = false;
   bool prompt_open_ = false;

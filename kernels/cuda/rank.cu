@@ -15,8 +15,8 @@
 namespace thinkv::cuda {
 namespace {
 
-constexpr uint32_t kThreads = 256;
-constexpr uint32_t kBlocksFew = 4;  // of a multiprocessor, of the kernel for few tokens
+constexpr uint32_t kThreadsFew = 256, kThreadsMost = 512;  // of the two launches
+constexpr uint32_t kBlocksFew = 4;                         // of a multiprocessor
 constexpr uint32_t kFinishThreads = 128;
 
 // Which lanes a launch takes: those that held fewer than kRankRowsFew tokens when the rules began,
@@ -135,6 +135,33 @@ __device__ void run_rules(const RankItem& item) {
   }
 }
 
+// Lanes with their rows in the block's shared memory.
+__device__ inline RankItem short_item(const BatchView& view, DeviceSequence* sequence,
+                                      uint32_t index, uint32_t heads, RankShared* shared,
+                                      uint32_t room) {
+  unsigned char* const beside = dynamic_shared() + room * kRankRowBytes;
+  auto* const tails = reinterpret_cast<float*>(beside);
+  auto* const tiles = drops_prefix(sequence->policy) ? tails + room : tails;
+  return {&view, sequence, index, heads, rank_rows(dynamic_shared(), room), shared, tails, tiles};
+}
+
+[[nodiscard]] __device__ __forceinline__ RankMemory memory_of(const BatchView& view) {
+  return view.rank_memory == nullptr ? RankMemory{} : *view.rank_memory;
+}
+
+// Lanes with their rows in the block's part of RankMemory. Without one they have room for none.
+__device__ inline RankItem long_item(const BatchView& view, DeviceSequence* sequence,
+                                     uint32_t index, uint32_t heads, RankShared* shared) {
+  const RankMemory memory = memory_of(view);
+  const uint32_t room = memory.room;
+  unsigned char* const region = memory.rows + blockIdx.x * rank_region_bytes(room);
+  RankRows rows = rank_rows(region, room);
+  rows.map = reinterpret_cast<uint32_t*>(dynamic_shared());
+  rows.map_words = kRankRowsMax * kRankRowBytes / sizeof(uint32_t);
+  auto* const tails = reinterpret_cast<float*>(region + uint64_t{room} * kRankRowBytes);
+  return {&view, sequence, index, heads, rows, shared, tails, tails};
+}
+
 // Item `index` of a sequence: the lane of that number, or where its heads are decided together, the
 // layer if it is its first lane.
 template <int kDim>
@@ -146,33 +173,35 @@ __device__ void run_item(const BatchView& view, const RankParams& params, Device
   const uint32_t layer = index / view.geometry.kv_heads;
   if (layer % 2 == 0 && is_paired(view, policy, layer)) return;
   const bool most = needs_most_room(policy);
-  const uint32_t room = params.few ? kRankRowsFew : rank_rows_max(policy, kDim);
-  unsigned char* const beside = dynamic_shared() + room * kRankRowBytes;
-  auto* const tails = reinterpret_cast<float*>(beside);
-  auto* const tiles = drops_prefix(policy) ? tails + room : tails;
-  const RankItem item{&view,  sequence, index, heads, rank_rows(dynamic_shared(), room),
-                      shared, tails,    tiles};
   uint32_t live = 0;
   for (uint32_t head = 0; head < heads; ++head) {
-    const LaneView lane = item.lane(head);
+    const LaneView lane = lane_view(view, sequence, index + head);
     if (lane.lane == nullptr) return;
     live = max(live, lane.lane->live);
   }
+  const uint32_t room = params.few ? kRankRowsFew : rank_rows_max(policy, kDim);
+  const bool beyond = !params.few && live >= room && !compares_keys(policy);
+  const RankItem item = beyond ? long_item(view, sequence, index, heads, shared)
+                               : short_item(view, sequence, index, heads, shared, room);
   __syncthreads();  // all have read what the rules will change
   const bool few = live < kRankRowsFew && !most;
   if (few == params.few) run_rules<kDim>(item);
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreadsMost)
     rank_kernel(const __grid_constant__ BatchView view, const __grid_constant__ RankParams params) {
   __shared__ DueRows due;
   __shared__ RankShared shared;
   wait_for_previous();
   const bool of_batch = params.root == PageId::kNoneRaw;
   const uint32_t rows = of_batch ? load_due(view, kDueRank, due) : 1;
+  if (rows == 0) return;
   const uint32_t lanes = view.geometry.lanes();
-  for (uint64_t item = blockIdx.x; item < uint64_t{rows} * lanes; item += gridDim.x) {
+  const uint32_t parts = params.few ? 0 : memory_of(view).blocks;
+  const uint32_t blocks = parts == 0 ? gridDim.x : min(parts, gridDim.x);
+  if (blockIdx.x >= blocks) return;
+  for (uint64_t item = blockIdx.x; item < uint64_t{rows} * lanes; item += blocks) {
     uint32_t root = params.root;
     if (of_batch) root = view.roots[due_row(view, static_cast<uint32_t>(item / lanes), due)];
     DeviceSequence* sequence = sequence_at(view, root);
@@ -198,14 +227,14 @@ cudaError_t launch_rank_of(const BatchView& view, uint32_t root, uint32_t multip
   const bool overlaps = root == PageId::kNoneRaw;
   const cudaError_t few = launch(rank_kernel<kDim>,
                                  {.blocks = kBlocksFew * multiprocessors,
-                                  .threads = kThreads,
+                                  .threads = kThreadsFew,
                                   .shared_bytes = kRankRowsFew * kRankRowBytes,
                                   .overlaps_previous = overlaps},
                                  stream, view, RankParams{root, true});
   if (few != cudaSuccess) return few;
   return launch(rank_kernel<kDim>,
                 {.blocks = multiprocessors,
-                 .threads = kThreads,
+                 .threads = kThreadsMost,
                  .shared_bytes = kRankRowsMax * kRankRowBytes,
                  .overlaps_previous = overlaps},
                 stream, view, RankParams{root, false});

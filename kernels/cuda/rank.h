@@ -4,11 +4,12 @@
 // launch_begin() notes in every sequence which rules fire at the end of the step (RankStep), the
 // decide kernel of the refresh makes a bit map of the rows that have any, and a block takes an item
 // of such a row: a lane, or all kv heads of a layer where they are decided together. It reads the
-// live tokens of the lane into shared memory (rank_rows.cuh), gives each a number, chooses
-// (rank_choose.cuh), and drops or recodes (rank_apply.cuh), rule after rule. Two launches, the same
-// whatever is due: one for lanes of few tokens, of which several run on a multiprocessor at a time,
-// and one for all others. The kernels take pages and never give any: what rules empty is put aside
-// (lane_write.cuh) and given at the step's end.
+// live tokens of the lane into shared memory, or where it has no room for them, into the block's
+// part of RankMemory (rank_rows.cuh), gives each a number, chooses (rank_choose.cuh), and drops or
+// recodes (rank_apply.cuh), rule after rule. Two launches, the same whatever is due: one for lanes
+// of few tokens, of which several run on a multiprocessor at a time, and one for all others. The
+// kernels take pages and never give any: what rules empty is put aside (lane_write.cuh) and given
+// at the step's end.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,9 @@ inline constexpr uint32_t kRankRowsMax = 6912;
 // Beside the rows: tiles of keys where a rule compares them, a number a row for max_drop.
 inline constexpr uint32_t kSimilarityTile = 32;
 inline constexpr uint32_t kSharedHeadsMax = 64;  // kv heads that may compete
+// A row in RankMemory, max_drop's number included, and the most rows there.
+inline constexpr uint32_t kRankLongRowBytes = kRankRowBytes + sizeof(float);
+inline constexpr uint32_t kRankRowBits = 24;
 static_assert(kRankRowsMax * kRankRowBytes <= 150 * 1024, "163 KiB of an A100 less what is static");
 static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at 16 bytes");
 
@@ -60,7 +64,10 @@ static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at
 [[nodiscard]] constexpr bool needs_most_room(const PolicyParams& policy) {
   return compares_keys(policy) || drops_prefix(policy);
 }
-// Rows of a lane that there is room for are fewer than this.
+[[nodiscard]] constexpr uint64_t rank_region_bytes(uint32_t room) {
+  return uint64_t{room} * kRankLongRowBytes;
+}
+// Rows of a lane that there is room for in a block are fewer than this.
 [[nodiscard]] constexpr uint32_t rank_rows_max(const PolicyParams& policy, uint32_t head_dim) {
   const uint32_t tiles = compares_keys(policy) ? similarity_bytes(head_dim) : 0;
   const uint32_t row =

@@ -55,7 +55,7 @@ struct LowestRow {
 [[nodiscard]] __device__ inline LowestRow lowest_row(const RankRows& rows, uint64_t key) {
   const float nothing = __uint_as_float(0x7F80'0000u);
   if (key == lane_detail::kNoKey) return {0, nothing};
-  const auto row = static_cast<uint32_t>(key & 0xFFFFu);
+  const auto row = static_cast<uint32_t>(key) & ((1u << kRankRowBits) - 1);
   return {row, rows.attention[row]};
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/rank_blocks.cuh"
+#include "kernels/cuda/rank_recode.cuh"
 
 namespace thinkv::cuda {
 namespace rank_detail {
@@ -30,51 +31,6 @@ __device__ inline uint32_t drop_fated(const RankItem& item, const LaneView& lane
   }
   __syncthreads();
   return dropped;
-}
-
-// Slots to recode, a mask a page, where the scores were. Result: how many.
-template <int kDim>
-[[nodiscard]] __device__ inline uint32_t mark_recoded(const RankItem& item, const LaneView& lane,
-                                                      uint32_t n, Format format, uint32_t* masks) {
-  RankShared& shared = *item.shared;
-  const RankRows& rows = item.rows;
-  const uint32_t bytes = payload_bytes<kDim>(format);
-  for (uint32_t i = threadIdx.x; i < 2 * lane.lane->pages; i += blockDim.x) masks[i] = 0;
-  if (threadIdx.x == 0) shared.count = 0;
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    if (rows.fate[i] != kRankRecode) continue;
-    const uint32_t page = rows.place[i] >> 6, slot = rows.place[i] & 63u;
-    const DeviceDescriptor* d = descriptor_at(lane, page);
-    // A token never gains bits that its codes no longer have.
-    if (d == nullptr || bytes >= payload_bytes<kDim>(static_cast<Format>(d->format))) continue;
-    atomicOr(&masks[2 * page + slot / 32], 1u << slot % 32);
-    atomicAdd(&shared.count, 1u);
-  }
-  __syncthreads();
-  return shared.count;
-}
-
-// Result: how many rows were recoded. Requires: a page for every 64 rows at most, so no more pages
-// than rows.
-template <int kDim>
-__device__ inline uint32_t recode_fated(const RankItem& item, Format format, const LaneView& lane,
-                                        uint32_t n) {
-  const uint32_t pages = lane.lane->pages;  // those that come are already in the format
-  if (pages > n || !format_valid(static_cast<uint8_t>(format))) return 0;
-  auto* masks = reinterpret_cast<uint32_t*>(item.rows.score);
-  if (mark_recoded<kDim>(item, lane, n, format, masks) == 0) return 0;
-  uint32_t moved = 0;
-  for (uint32_t page = 0; page < pages; ++page) {
-    const uint64_t chosen = masks[2 * page] | uint64_t{masks[2 * page + 1]} << 32;
-    if (chosen != 0) moved += recode_slots<kDim>(lane, page, chosen, format, item.shared->recode);
-  }
-  if (threadIdx.x == 0) {
-    add_64(&lane.sequence->counters.recoded_slots, moved);
-    add_64(&lane.sequence->counters.recoded_bytes, uint64_t{moved} * payload_bytes<kDim>(format));
-  }
-  __syncthreads();
-  return moved;
 }
 
 // As SequenceState::recode_format() of the host: of a pair format, the layer's view. kNone where no

@@ -66,6 +66,12 @@ struct BlockTokens {
   uint32_t count;
 };
 
+// The lanes of a recoding. `first`: of a pair's first layer, else lane null.
+struct BlockLanes {
+  LaneView lane;
+  LaneView first;
+};
+
 // At most half of the block lives: its tokens are written anew with others.
 [[nodiscard]] __device__ __forceinline__ bool is_sparse_block(const LaneView& lane,
                                                               const DeviceDescriptor* d) {
@@ -99,14 +105,24 @@ struct BlockTokens {
   return tokens;
 }
 
+[[nodiscard]] __device__ __forceinline__ uint32_t position_at(const LaneView& lane,
+                                                              uint32_t place) {
+  const DeviceDescriptor* d = descriptor_at(lane, place >> 6);
+  const unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
+  if (page == nullptr) return 0;
+  return position_of(page, slot_shape(lane.head_dim, d->format).position_offset, place & 63u);
+}
+
 // tokens.first_place. Result: false, with kBadMetadata raised, where the lane lacks one of them.
 // The rows of the item are those of that lane afterwards.
-[[nodiscard]] __device__ inline bool find_in_first(const RankItem& item, const LaneView& first,
+[[nodiscard]] __device__ inline bool find_in_first(const RankItem& item, const BlockLanes& lanes,
                                                    const BlockTokens& tokens) {
   const RankRows& rows = item.rows;
-  const uint32_t n = gather_lane(item, first);
+  const uint32_t n = gather_lane(item, lanes.first);
   bool lacks = n >= rows.room;
   for (uint32_t i = threadIdx.x; i < tokens.count && !lacks; i += blockDim.x) {
+    // Gathering works where the positions were.
+    tokens.position[i] = position_at(lanes.lane, tokens.place[i]);
     uint32_t low = 0, high = n;
     while (low < high) {
       const uint32_t middle = (low + high) / 2;
@@ -120,7 +136,7 @@ struct BlockTokens {
     if (!lacks) tokens.first_place[i] = rows.place[low];
   }
   const bool failed = __syncthreads_or(lacks ? 1 : 0) != 0;
-  if (failed && threadIdx.x == 0) raise_fault(first.batch->lease, kBadMetadata);
+  if (failed && threadIdx.x == 0) raise_fault(item.batch->lease, kBadMetadata);
   return !failed;
 }
 
@@ -215,12 +231,6 @@ __device__ inline void adopt_block(const LaneView& lane, uint32_t index, const u
   lane.lane->live += slots;
 }
 
-// The lanes of a recoding. `first`: of a pair's first layer, else lane null.
-struct BlockLanes {
-  LaneView lane;
-  LaneView first;
-};
-
 // One new page with the tokens from `at` on. Result: false where there was no page.
 template <int kDim>
 [[nodiscard]] __device__ inline bool write_block(const RankItem& item, const BlockLanes& lanes,
@@ -278,7 +288,7 @@ __device__ inline uint32_t recode_to_blocks(const RankItem& item, const LaneView
   if (pair) {
     lanes.first = lane_view(*item.batch, item.sequence, index - item.batch->geometry.kv_heads);
     if (lanes.first.lane == nullptr) return 0;
-    if (!rank_detail::find_in_first(item, lanes.first, tokens)) return 0;
+    if (!rank_detail::find_in_first(item, lanes, tokens)) return 0;
   }
   const uint32_t slots = slot_shape(kDim, static_cast<uint32_t>(format)).slots;
   uint32_t moved = 0;

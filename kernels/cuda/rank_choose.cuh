@@ -49,9 +49,8 @@ namespace rank_detail {
   const float number = score != score ? __uint_as_float(0xFF80'0000u) : exact_add(score, 0.0f);
   const uint32_t bits = __float_as_uint(number);
   const uint32_t ordered = (bits & 0x8000'0000u) != 0 ? ~bits : bits | 0x8000'0000u;
-  return uint64_t{ordered} << 16 | row;
+  return uint64_t{ordered} << kRankRowBits | row;
 }
-static_assert(kRankRowsMax <= 0x1'0000, "a row has 16 bits");
 
 // The bin, from the highest down, in which the left-th row lies. By the first warp.
 __device__ inline void find_bin(RankShared& shared, uint32_t left) {
@@ -82,7 +81,7 @@ __device__ inline void find_bin(RankShared& shared, uint32_t left) {
                                                     uint32_t n, uint32_t target) {
   uint64_t prefix = 0;
   uint32_t left = target;
-  for (uint32_t shift = 48; shift > 0;) {
+  for (uint32_t shift = 32 + kRankRowBits; shift > 0;) {
     shift -= 8;
     for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.bins[b] = 0;
     __syncthreads();

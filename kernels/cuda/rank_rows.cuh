@@ -1,5 +1,5 @@
-// rank_rows.cuh: the tokens of a lane in shared memory while a rule is applied to them: places
-// and protection, as kernels/sequence/rank_rows.cpp makes them (rank.h).
+// rank_rows.cuh: the tokens of a lane in the memory of a block while a rule is applied to them:
+// places and protection, as kernels/sequence/rank_rows.cpp makes them (rank.h).
 //
 // Functions of a whole block; every thread calls them with the same arguments.
 #pragma once
@@ -21,8 +21,8 @@ namespace thinkv::cuda {
 // What becomes of a row; the host's RankFate.
 enum RankFate : uint8_t { kRankDrop = 0, kRankKeep = 1, kRankRecode = 2 };
 
-// Shared memory for at most `room` rows, ascending by position. `score` begins at 8 bytes, and
-// `number` follows it: together they are the masks of recoding.
+// Shared or global memory for at most `room` rows, ascending by position. `score` begins at 8
+// bytes, and `number` follows it: together they are the masks of recoding.
 struct RankRows {
   uint32_t* place;  // descriptor << 6 | slot
   uint32_t* position;
@@ -32,18 +32,31 @@ struct RankRows {
   uint8_t* fixed;  // protected
   uint8_t* fate;
   uint32_t room;
+  uint32_t* map;  // working memory of gather_lane(): `number`, or shared memory where rows are not
+  uint32_t map_words;
 };
-[[nodiscard]] __device__ __forceinline__ RankRows rank_rows(unsigned char* shared, uint32_t room) {
-  auto* words = reinterpret_cast<uint32_t*>(shared);
+[[nodiscard]] __device__ __forceinline__ RankRows rank_rows(unsigned char* memory, uint32_t room) {
+  auto* words = reinterpret_cast<uint32_t*>(memory);
   return {.place = words,
           .position = words + room,
           .attention = reinterpret_cast<float*>(words + 2 * room),
           .score = reinterpret_cast<float*>(words + 3 * room),
           .number = reinterpret_cast<float*>(words + 4 * room),
-          .fixed = shared + 5 * sizeof(uint32_t) * room,
-          .fate = shared + 5 * sizeof(uint32_t) * room + room,
-          .room = room};
+          .fixed = memory + 5 * sizeof(uint32_t) * room,
+          .fate = memory + 5 * sizeof(uint32_t) * room + room,
+          .room = room,
+          .map = words + 4 * room,
+          .map_words = room};
 }
+
+// Tokens that go to another format at a time.
+inline constexpr uint32_t kRankRecodeMax = 256;
+struct RankRecode {
+  uint32_t from[kRankRecodeMax];  // descriptor << 6 | slot
+  uint32_t positions[kRankRecodeMax];
+  uint32_t scores[kRankRecodeMax];
+  SlotPlace places[kRankRecodeMax];
+};
 
 // Static shared memory of a block.
 struct RankShared {
@@ -58,7 +71,7 @@ struct RankShared {
   uint32_t taken;
   RowCounts counts;
   union {
-    RecodeShared recode;
+    RankRecode recode;
     CompactShared compact;
     BlockTile tile;
   };
@@ -187,9 +200,80 @@ template <int kDim>
 
 }  // namespace rank_detail
 
-// The live tokens of a lane that are in pages: place and position, ascending. Result: how many;
-// not less than there is room for: kRowsFull is raised and nothing is written.
-[[nodiscard]] __device__ inline uint32_t gather_lane(const RankItem& item, const LaneView& lane) {
+namespace rank_detail {
+
+// Calls visit(position, place) for the live tokens of a lane in pages: a warp a page.
+template <class Visit>
+__device__ __forceinline__ void for_each_token(const LaneView& lane, const Visit& visit) {
+  const uint32_t warps = blockDim.x / 32, thread = threadIdx.x % 32;
+  for (uint32_t index = threadIdx.x / 32; index < lane.lane->pages; index += warps) {
+    const DeviceDescriptor* d = descriptor_at(lane, index);
+    const unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
+    if (page == nullptr) continue;
+    const SlotShape shape = slot_shape(lane.head_dim, d->format);
+    for (uint32_t slot = thread; slot < shape.slots; slot += 32) {
+      if (((d->live >> slot) & 1u) == 0) continue;
+      visit(position_of(page, shape.position_offset, slot), index << 6 | slot);
+    }
+  }
+}
+
+// words[i]: how many bits are set in the words of `map` before it. Result: of all. The words of a
+// thread lie together, so each adds up its own twice.
+[[nodiscard]] __device__ inline uint32_t count_before(RankShared& shared, const uint32_t* map,
+                                                      uint32_t* words, uint32_t count) {
+  const uint32_t each = (count + blockDim.x - 1) / blockDim.x;
+  const uint32_t first = min(threadIdx.x * each, count), end = min(first + each, count);
+  const uint32_t thread = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t mine = 0;
+  for (uint32_t i = first; i < end; ++i) mine += static_cast<uint32_t>(__popc(map[i]));
+  uint32_t through = mine;
+  for (uint32_t x = 1; x < 32; x *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, through, x);
+    if (thread >= x) through += below;
+  }
+  if (thread == 31) shared.bins[warp] = through;
+  __syncthreads();
+  uint32_t before = through - mine, all = 0;
+  for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
+    if (w < warp) before += shared.bins[w];
+    all += shared.bins[w];
+  }
+  for (uint32_t i = first; i < end; ++i) {
+    words[i] = before;
+    before += static_cast<uint32_t>(__popc(map[i]));
+  }
+  __syncthreads();
+  return all;
+}
+
+// gather_lane() by a bit for each position that the sequence ever had: no row is compared.
+[[nodiscard]] __device__ inline uint32_t gather_by_map(const RankItem& item, const LaneView& lane) {
+  const RankRows& rows = item.rows;
+  const uint32_t tokens = item.sequence->tokens, words = (tokens + 31) / 32;
+  uint32_t* const before = rows.map + words;
+  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) rows.map[i] = 0;
+  __syncthreads();
+  for_each_token(lane, [&](uint32_t position, uint32_t) {
+    if (position < tokens) atomicOr(&rows.map[position / 32], 1u << position % 32);
+  });
+  __syncthreads();
+  const uint32_t n = count_before(*item.shared, rows.map, before, words);
+  if (n >= rows.room) return n;
+  for_each_token(lane, [&](uint32_t position, uint32_t place) {
+    if (position >= tokens) return;
+    const uint32_t word = position / 32, below = (1u << position % 32) - 1;
+    const uint32_t row = before[word] + static_cast<uint32_t>(__popc(rows.map[word] & below));
+    rows.position[row] = position;
+    rows.place[row] = place;
+  });
+  __syncthreads();
+  return n;
+}
+
+// gather_lane() by sorting, where the sequence had too many tokens for the map.
+[[nodiscard]] __device__ inline uint32_t gather_by_sorting(const RankItem& item,
+                                                           const LaneView& lane) {
   const RankRows& rows = item.rows;
   const RowSpace space{.position = rows.position,
                        .found = rows.place,
@@ -204,11 +288,19 @@ template <int kDim>
   __syncthreads();
   const uint32_t n = counts.rows;
   __syncthreads();
-  if (n >= rows.room) {
-    if (threadIdx.x == 0) raise_fault(lane.batch->lease, kRowsFull);
-    return n;
-  }
-  rank_detail::sort_rows(rows, n);
+  if (n < rows.room) sort_rows(rows, n);
+  return n;
+}
+
+}  // namespace rank_detail
+
+// The live tokens of a lane that are in pages: place and position, ascending. rows.map is lost.
+// Result: how many; not less than there is room for: kRowsFull is raised and nothing is written.
+[[nodiscard]] __device__ inline uint32_t gather_lane(const RankItem& item, const LaneView& lane) {
+  const bool mapped = 2 * ((uint64_t{item.sequence->tokens} + 31) / 32) <= item.rows.map_words;
+  const uint32_t n =
+      mapped ? rank_detail::gather_by_map(item, lane) : rank_detail::gather_by_sorting(item, lane);
+  if (n >= item.rows.room && threadIdx.x == 0) raise_fault(lane.batch->lease, kRowsFull);
   return n;
 }
 

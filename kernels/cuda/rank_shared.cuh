@@ -13,10 +13,13 @@
 namespace thinkv::cuda {
 namespace shared_detail {
 
+inline constexpr uint32_t kHeadBits = 64 - 32 - kRankRowBits;
+static_assert(kSharedHeadsMax <= 1u << kHeadBits);
+
 // The order of all rows: by number, then the newer row of its head, then the lower head.
 [[nodiscard]] __device__ __forceinline__ uint64_t layer_key(float score, uint32_t row,
                                                             uint32_t head) {
-  return rank_detail::rank_key(score, row) << 16 | (0xFFFFu - head);
+  return rank_detail::rank_key(score, row) << kHeadBits | ((1u << kHeadBits) - 1 - head);
 }
 
 // How many rows of the layer may go and how many of them stay; RankShared.places: those that are

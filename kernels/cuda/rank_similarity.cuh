@@ -32,6 +32,7 @@ template <int kDim>
 __device__ THINKV_OUT_OF_LINE void load_tile(const RankItem& item, const LaneView& lane,
                                              uint32_t first, uint32_t n, float* tile) {
   const uint32_t row = threadIdx.x / 8, i = first + row, l = threadIdx.x % 8;
+  if (row >= kTile) return;  // whole warps
   float x[kDim / 8] = {};
   if (i < n) decode_place<kDim, true>(x, lane, item.rows.place[i]);
   const float norm = exact_sqrt(rank_detail::dot_of_eight<kDim>(x));
@@ -44,6 +45,7 @@ __device__ THINKV_OUT_OF_LINE void load_tile(const RankItem& item, const LaneVie
 template <int kDim>
 __device__ inline void compare_tiles(const Tiles& tiles) {
   const uint32_t row = threadIdx.x / 8, l = threadIdx.x % 8;
+  if (row >= kTile) return;
   const float* a = tiles.rows + row * (kDim + 1);
   float sums[kTile / 8] = {};
   for (uint32_t d = 0; d < kDim; ++d) {
@@ -169,7 +171,7 @@ __device__ inline void softmax_rows(const RankItem& item, uint32_t n) {
 }  // namespace similarity_detail
 
 // Adds the rule's share of the redundancy to rows.score. rows.fixed and rows.fate are working
-// memory. Requires: kTile * 8 threads; item.tiles.
+// memory. Requires: at least kTile * 8 threads; item.tiles.
 template <int kDim>
 __device__ inline void add_similarity(const RankItem& item, const RankRule& rule,
                                       const LaneView& lane, uint32_t n) {

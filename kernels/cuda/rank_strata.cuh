@@ -157,7 +157,7 @@ __device__ inline void choose_strata(const RankItem& head, const LaneView& lane,
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
     const bool kept = is_marked(lane, rows.place[i]);
     rows.fate[i] = kept ? kRankKeep : kRankDrop;
-    keys[i] = kept ? 0xFFFF'FFFFu : keys[i] << 16 | i;
+    keys[i] = kept ? 0xFFFF'FFFFu : keys[i] << kRankRowBits | i;
   }
   __syncthreads();
   const uint32_t count =
@@ -166,7 +166,7 @@ __device__ inline void choose_strata(const RankItem& head, const LaneView& lane,
   const uint32_t target = count - min(count, limit.surplus());
   const uint32_t step = target == 0 ? 1 : max(count / target, 1u);
   for (uint32_t i = threadIdx.x; i < min(target, count); i += blockDim.x) {
-    rows.fate[keys[i * step] & 0xFFFFu] = kRankKeep;
+    rows.fate[keys[i * step] & ((1u << kRankRowBits) - 1)] = kRankKeep;
   }
   __syncthreads();
 }

@@ -72,6 +72,14 @@ struct TokenSite {
   static constexpr uint64_t kTokens = 15;
 };
 
+// Working memory of rank rules for lanes that have no room in a block, in device memory: the host
+// changes it between launches, so what was captured in a graph finds the newest.
+struct RankMemory {
+  unsigned char* rows;  // [blocks, rank_region_bytes(room)] (rank.h)
+  uint32_t room;        // tokens of a lane
+  uint32_t blocks;      // 0: there is no memory
+};
+
 // What all kernels of one model's batch share. Passed by value; all pointers are device pointers.
 struct BatchView {
   PoolView pool;
@@ -81,6 +89,7 @@ struct BatchView {
   uint32_t pages_max;     // of one layer's page list
   Lease* lease;
   Progress* progress;
+  const RankMemory* rank_memory;
 
   // Working memory of a step.
   uint32_t* positions;     // [capacity] of this step's token
@@ -99,23 +108,39 @@ struct BatchView {
 // An upper bound of what launch_prefill of one layer takes.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                      uint32_t tokens);
-// An upper bound of what launch_prefill_end takes.
+// An upper bound of what launch_prefill_end takes. budget: as launch_open's.
 [[nodiscard]] uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                         uint32_t tokens);
-// An upper bound of what one step takes for one sequence that has `prompt` prompt tokens and
-// `generated` tokens before the step; 0 for most steps. lane_pages_max: an upper bound of the pages
-// of any of its lanes before the step.
+                                         uint32_t budget, uint32_t tokens);
+// A sequence before a step, as the host knows it.
+struct StepSequence {
+  uint32_t prompt;            // tokens
+  uint32_t generated;         // tokens
+  uint32_t lane_pages_max;    // an upper bound of the pages of any of its lanes
+  uint32_t budget = 0;        // as launch_open's
+  uint32_t settled_from = 0;  // the first end of a step (0: of the prompt) after the client last
+                              // recoded tokens or set a budget: rules bound what they leave then on
+};
+// An upper bound of what one step takes for one sequence; 0 for most steps.
 [[nodiscard]] uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                  uint32_t prompt, uint32_t generated, uint32_t lane_pages_max);
+                                  const StepSequence& sequence);
 // An upper bound of what launch_recode takes.
 [[nodiscard]] uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                     uint32_t lane_pages_max, Format format);
 // Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
 [[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
-// Pages that one lane may have where it holds at most `tokens` tokens: those of its table, or of
-// more tokens than rank rules take, so few that they hold no more than that.
-[[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy,
-                                        uint32_t tokens);
+// Tokens of a lane that RankMemory has to have room for before the policy's rules see a lane of
+// `pages` pages and `tokens` tokens; 0: a block has room.
+[[nodiscard]] uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
+                                          uint32_t pages, uint64_t tokens);
+// What RankMemory is made of for lanes of so many tokens: the more blocks the faster.
+struct RankMemoryShape {
+  uint32_t room;
+  uint32_t blocks;
+  uint64_t bytes;
+};
+[[nodiscard]] RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors);
+// Pages that one lane's table can hold, or fewer where rules compare all keys with each other.
+[[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy);
 
 // ---- launches; each returns cudaSuccess or a launch error ----
 

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/device_format.h"
 #include "kernels/cuda/rank.h"
+#include "kernels/cuda/rank_sizes.h"
 #include "kernels/cuda/refresh.h"
 #include "kernels/cuda/sequence.h"
 #include "thinkv/internal/policy_check.h"
@@ -58,63 +59,12 @@ uint32_t formats_end(const PolicyParams& policy) {
   return writes_any_blocks(policy) ? kAllFormatCount : kFormatCount;
 }
 
-// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes, or
-// into a block from anywhere, sparse blocks too.
-uint32_t lowering_slots(const ModelGeometry& geometry, const PolicyParams& policy, Format target) {
-  if (is_block(target)) return kSlotsPerPageMax;
-  const auto payload = [&](Format format) {
-    return page_layout(format, geometry.head_dim).slot_payload_bytes();
-  };
-  uint32_t most = 0;
-  for (uint32_t raw = 1; raw < formats_end(policy); ++raw) {
-    const Format other = resolve(geometry, static_cast<Format>(raw));
-    if (payload(other) > payload(target)) most = std::max(most, slots_of(geometry, other));
-  }
-  return most;
-}
-
-// Pages for that many tokens: whole blocks only, in the smaller ones where a layer has no partner.
-uint32_t pages_of_recoding(const ModelGeometry& geometry, Format target, uint64_t tokens) {
-  if (!is_block(target)) return divide_up(tokens, slots_of(geometry, target));
-  const uint32_t least =
-      std::min(slots_of(geometry, target), slots_of(geometry, single_of(target)));
-  return static_cast<uint32_t>(tokens / least);
-}
-
-// What the rules that fire can take in one lane of a sequence of `tokens` tokens; free slots are
-// not relied on.
-uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                    const policy::Moment& moment, uint32_t lane_pages_max, uint64_t tokens) {
-  uint64_t pages = 0;
-  for (uint32_t i = 0; i < policy.rule_count; ++i) {
-    const RankRule& rule = policy.rules[i];
-    if (rule.action != RankAction::kRecode || !policy::fires(policy, rule, moment)) continue;
-    const Format target = resolve(geometry, rule.recode_format);
-    // A flush of this step may bring 16 tokens more than the pages held.
-    const uint64_t held =
-        uint64_t{lane_pages_max} * lowering_slots(geometry, policy, target) + kBufferTokens;
-    pages += pages_of_recoding(geometry, target, std::min(held, tokens));
-  }
-  return static_cast<uint32_t>(pages);
-}
-
 // Tables that a lane can grow by where it gets `more` pages.
 uint32_t more_tables(const ModelGeometry& geometry, const PolicyParams& policy,
                      uint32_t lane_pages_max, uint64_t more) {
   const uint32_t each = per_table(geometry, policy);
   if (uint64_t{lane_pages_max} + more <= each) return 0;
   return divide_up(more, each) + 1;
-}
-
-// Rules of the prompt's end wait for the first steps: no engine gives the device queries.
-bool waits(const PolicyParams& policy, uint32_t prompt, uint32_t generated) {
-  return prompt > 0 && policy::any_waits_for_queries(policy) && generated <= policy.score_window;
-}
-
-uint32_t rank_step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
-                         uint32_t generated, uint32_t lane_pages_max) {
-  const policy::Moment moment{.generated = generated, .waiting = waits(policy, prompt, generated)};
-  return rule_pages(geometry, policy, moment, lane_pages_max, uint64_t{prompt} + generated);
 }
 
 }  // namespace
@@ -135,12 +85,14 @@ uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy
 }
 
 uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                           uint32_t tokens) {
+                           uint32_t budget, uint32_t tokens) {
   if (policy.evict != EvictRule::kRank) return 0;
-  const policy::Moment moment{.generated = 0, .waiting = policy::any_waits_for_queries(policy)};
   const uint32_t before =
       divide_up(prefill_pages(geometry, policy, tokens), std::max(geometry.kv_heads, 1u));
-  const uint32_t pages = rule_pages(geometry, policy, moment, before, tokens);
+  const uint32_t pages =
+      rule_pages(geometry, policy, rank_moment_at(policy, tokens, 0),
+                 {.prompt = tokens, .pages_max = before, .budget = budget, .settled_from = 0});
+  if (pages == 0) return 0;
   return geometry.lanes() * (pages + more_tables(geometry, policy, before, pages));
 }
 
@@ -166,19 +118,24 @@ uint32_t flush_pages(const ModelGeometry& geometry, const PolicyParams& policy, 
 
 }  // namespace
 
-uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t prompt,
-                    uint32_t generated, uint32_t lane_pages_max) {
-  const uint32_t flushed = flush_pages(geometry, policy, prompt, generated);
+uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
+                    const StepSequence& sequence) {
+  const uint32_t generated = sequence.generated, held = sequence.lane_pages_max;
+  const uint32_t flushed = flush_pages(geometry, policy, sequence.prompt, generated);
   uint32_t pages = flushed;
   if (policy.evict == EvictRule::kRank) {
-    pages += rank_step_pages(geometry, policy, prompt, generated + 1, lane_pages_max);
+    pages += rule_pages(geometry, policy, rank_moment_at(policy, sequence.prompt, generated + 1),
+                        {.prompt = sequence.prompt,
+                         .pages_max = held,
+                         .budget = sequence.budget,
+                         .settled_from = sequence.settled_from});
   }
   if (pages == 0) return 0;
   const bool closing = (uint64_t{generated} + 1) % policy.segment_tokens == 0;
   // Every lane has a table page from the start, and no flush fills more than one.
-  const bool table_may_grow = uint64_t{lane_pages_max} + pages > per_table(geometry, policy);
-  const uint32_t tables = pages > flushed ? more_tables(geometry, policy, lane_pages_max, pages)
-                                          : (table_may_grow ? 1 : 0);
+  const bool table_may_grow = uint64_t{held} + pages > per_table(geometry, policy);
+  const uint32_t tables =
+      pages > flushed ? more_tables(geometry, policy, held, pages) : (table_may_grow ? 1 : 0);
   return geometry.lanes() * (pages + tables) + (closing ? 1 : 0);
 }
 
@@ -199,18 +156,13 @@ uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
 
 namespace {
 
-// Rules read rows of lanes: all but those of a policy that never has a budget.
+// Rules read rows of lanes.
 bool ranks_rows(const PolicyParams& policy) {
-  return policy.evict == EvictRule::kRank;
+  return policy.evict == EvictRule::kRank && policy.rule_count > 0;
 }
 
-}  // namespace
-
-uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy,
-                          uint32_t tokens) {
-  const uint32_t held = kTablePagesMax * per_table(geometry, policy);
-  if (!ranks_rows(policy) || tokens < rank_rows_max(policy, geometry.head_dim)) return held;
-  // Rules rank the tokens of a lane in the memory of a block.
+// The most slots that a page of a lane can have.
+uint32_t most_slots(const ModelGeometry& geometry, const PolicyParams& policy) {
   uint32_t slots = slots_of(geometry, policy.prompt_format);
   slots = std::max<uint32_t>(slots, slots_of(geometry, policy.sink_format));
   for (const Format format : policy.thought_format) {
@@ -221,7 +173,35 @@ uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& pol
     const Format format = policy.rules[i].recode_format;
     slots = std::max({slots, slots_of(geometry, format), slots_of(geometry, single_of(format))});
   }
-  return std::min(held, (rank_rows_max(policy, geometry.head_dim) - 1) / slots);
+  return slots;
+}
+
+}  // namespace
+
+uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy) {
+  const uint32_t held = kTablePagesMax * per_table(geometry, policy);
+  if (!ranks_rows(policy)) return held;
+  // Keys are compared with each other in the memory of a block alone.
+  const uint32_t slots = most_slots(geometry, policy);
+  const uint32_t rows =
+      compares_keys(policy) ? rank_rows_max(policy, geometry.head_dim) : 1u << kRankRowBits;
+  return std::min(held, (rows - 1) / slots);
+}
+
+uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
+                            uint32_t pages, uint64_t tokens) {
+  if (!ranks_rows(policy) || compares_keys(policy)) return 0;
+  const uint64_t live =
+      std::min(tokens, uint64_t{pages} * most_slots(geometry, policy) + kBufferTokens);
+  return live < rank_rows_max(policy, geometry.head_dim) ? 0 : live;
+}
+
+RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors) {
+  constexpr uint64_t kStep = 8192, kBytesMax = 256ull << 20;
+  const uint64_t room = std::min((tokens / kStep + 1) * kStep, uint64_t{1} << kRankRowBits);
+  const uint64_t each = rank_region_bytes(static_cast<uint32_t>(room));
+  const uint64_t blocks = std::clamp<uint64_t>(kBytesMax / each, 1, std::max(multiprocessors, 1u));
+  return {static_cast<uint32_t>(room), static_cast<uint32_t>(blocks), blocks * each};
 }
 
 const char* rank_unsupported(const PolicyParams& policy) {
@@ -258,9 +238,14 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
       return make_error(kUnsupported, reason);
     }
     for (uint32_t i = 0; i < policy.rule_count; ++i) {
-      if (policy.rules[i].budget != BudgetRule::kShared) continue;
-      if (geometry.kv_heads <= kSharedHeadsMax) continue;
-      return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
+      const BudgetRule budget = policy.rules[i].budget;
+      if (geometry.kv_heads <= kSharedHeadsMax) break;
+      if (budget == BudgetRule::kShared) {
+        return make_error(kUnsupported, "budget.rule: shared takes at most 64 kv heads on a GPU");
+      }
+      if (budget == BudgetRule::kSplit) {
+        return make_error(kUnsupported, "budget.rule: split takes at most 64 kv heads on a GPU");
+      }
     }
   }
   if (policy.entropy.on() || policy.tier.on()) {

@@ -19,7 +19,6 @@ import unittest
 
 try:
     import torch
-    import transformers
     from transformers import DynamicCache
 except ImportError as missing:
     print(f"skipped: {missing} (THINKV_TORCH_PYTHON names a Python that has it)")
@@ -202,10 +201,4 @@ class SmolLM2(cases.TransformersCase):
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        print("skipped: torch sees no GPU")
-        sys.exit(77)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{torch.cuda.get_device_name()}")
-    program = unittest.main(exit=False, verbosity=2)
-    sys.exit(len(program.result.failures) + len(program.result.errors))
+    cases.run_on_gpu()

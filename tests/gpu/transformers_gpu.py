@@ -177,10 +177,4 @@ class Crashes(OnTheGpu, cases.TransformersCase):
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        print("skipped: torch sees no GPU")
-        sys.exit(77)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{torch.cuda.get_device_name()}")
-    program = unittest.main(exit=False, verbosity=2)
-    sys.exit(len(program.result.failures) + len(program.result.errors))
+    cases.run_on_gpu()

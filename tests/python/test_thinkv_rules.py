@@ -97,24 +97,12 @@ class Rules(ThinkvdCase):
                 results.append((k, v, q, step.attend(layer, q)))
         return results
 
-    def test_snapkv_keeps_what_a_dense_reference_keeps(self):
-        sequence = self.model.sequence(policy="snapkv", budget=BUDGET)
-        self.prompt(sequence)
-        self.assertEqual(sequence.stats()["live_tokens"], BUDGET)
-        for layer, (k, v, q, out) in enumerate(self.step(sequence, 0)):
-            for head in range(KV_HEADS):
-                group = slice(head * GROUP, (head + 1) * GROUP)
-                keys = half(self.keys[layer][:, head])
-                kept = snapkv(keys, self.queries[layer][:, group])
-                keys = np.concatenate([keys[kept], half(k[:, head])])
-                values = np.concatenate([half(self.values[layer][kept, head]), half(v[:, head])])
-                exact = softmax(q[0, group] @ keys.T / np.sqrt(DIM)) @ values
-                np.testing.assert_allclose(out[0, group], exact, rtol=2e-4, atol=2e-5)
-
-    def attends_to(self, policy, dense):
+    def attends_to(self, policy, dense, budget=None):
         """A step after the prompt is the dense attention over what `dense` makes of the rows."""
-        sequence = self.model.sequence(policy=policy)
+        sequence = self.model.sequence(policy=policy, budget=budget)
         self.prompt(sequence)
+        if budget is not None:
+            self.assertEqual(sequence.stats()["live_tokens"], budget)
         for layer, (k, v, q, out) in enumerate(self.step(sequence, 0)):
             for head in range(KV_HEADS):
                 group = slice(head * GROUP, (head + 1) * GROUP)
@@ -124,6 +112,13 @@ class Rules(ThinkvdCase):
                 exact = softmax(q[0, group] @ keys.T / np.sqrt(DIM)) @ values
                 np.testing.assert_allclose(out[0, group], exact, rtol=2e-4, atol=2e-5)
         return sequence.stats()
+
+    def test_snapkv_keeps_what_a_dense_reference_keeps(self):
+        def kept(keys, values, queries):
+            rows = np.append(snapkv(keys[:PROMPT], queries), PROMPT)
+            return keys[rows], values[rows]
+
+        self.attends_to("snapkv", kept, BUDGET)
 
     def test_kivi_attends_to_the_codes_of_a_dense_reference(self):
         held = self.attends_to("kivi", lambda k, v, q: kivi(k, v, (PROMPT - 32) // 44 * 44))

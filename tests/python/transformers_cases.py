@@ -5,6 +5,7 @@ Without a GPU the library is libthinkv_emulated and CPU tensors stand for the GP
 """
 
 import sys
+import unittest
 
 import thinkv
 import torch
@@ -19,6 +20,17 @@ sys.path.insert(0, str(SOURCE / "tools"))
 # Pages hold 16 bits where the models have 32: keys and values are off by 2^-12 of themselves, and
 # two layers of random weights with logits of about 1.6 make at most some hundredths of it.
 TOLERANCE = 0.05
+
+
+def run_on_gpu():
+    """The caller's tests, where torch sees a GPU. Ends the process: failures, or 77 without one."""
+    if not torch.cuda.is_available():
+        print("skipped: torch sees no GPU")
+        sys.exit(77)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{torch.cuda.get_device_name()}")
+    program = unittest.main(exit=False, verbosity=2)
+    sys.exit(len(program.result.failures) + len(program.result.errors))
 
 
 class TransformersCase(ThinkvdCase):

@@ -65,6 +65,7 @@ class DeviceVector {
 
 class DevicePool {
  public:
+  static constexpr uint32_t kRankBlocks = 2;
   struct Options {
     ModelGeometry geometry;
     uint32_t capacity = 1;  // rows of the batch
@@ -72,6 +73,7 @@ class DevicePool {
     uint32_t extent_pages = 512;
     uint32_t list_pages = 4096;  // BatchView::pages_max
     uint64_t seed = 1;           // order in which pages are handed out
+    uint32_t rank_tokens = 0;    // of the longest lane that rank rules see
   };
 
   explicit DevicePool(const Options& o)
@@ -90,6 +92,8 @@ class DevicePool {
         pages_(uint64_t{o.geometry.layers} * o.list_pages),
         score_rows_(uint64_t{o.geometry.layers} * o.list_pages),
         sparsity_(uint64_t{o.geometry.layers} * rows()),
+        rank_rows_(cuda::rank_memory_shape(o.rank_tokens, kRankBlocks).bytes),
+        rank_memory_(1),
         transfer_(lease_pages_.size() + 1) {
     lease_[0] = {.count = 0,
                  .capacity = static_cast<uint32_t>(lease_pages_.size()),
@@ -98,6 +102,8 @@ class DevicePool {
                  .used_total = 0,
                  .pages = lease_pages_.data()};
     progress_[0] = {};
+    const cuda::RankMemoryShape shape = cuda::rank_memory_shape(o.rank_tokens, kRankBlocks);
+    rank_memory_[0] = {rank_rows_.data(), shape.room, shape.blocks};
     for (uint64_t i = 0; i < sparsity_.size(); ++i) sparsity_[i] = {};
     for (uint32_t e = 0; e < o.extents; ++e) {
       for (uint32_t i = 0; i < o.extent_pages; ++i) {
@@ -116,6 +122,7 @@ class DevicePool {
             .pages_max = options_.list_pages,
             .lease = lease_.data(),
             .progress = progress_.data(),
+            .rank_memory = rank_memory_.data(),
             .positions = positions_.data(),
             .emit = emit_.data(),
             .lane_begin = lane_begin_.data(),
@@ -185,6 +192,8 @@ class DevicePool {
   DeviceVector<cuda::PageView> pages_;
   DeviceVector<uint16_t*> score_rows_;
   DeviceVector<cuda::LaneSparsity> sparsity_;
+  DeviceVector<unsigned char> rank_rows_;
+  DeviceVector<cuda::RankMemory> rank_memory_;
   DeviceVector<uint32_t> transfer_;
   std::vector<uint32_t> free_;
 };

@@ -56,6 +56,7 @@ struct Twin {
   std::optional<kernels::Sequence> host;
   uint32_t root;
   uint32_t generated = 0;
+  uint32_t settled_from = 0;  // of cuda::StepSequence
   // False once something was evicted or recoded while the host still held a full buffer, which the
   // device had flushed: tokens are the same, places are not.
   bool same_places = true;
@@ -74,6 +75,7 @@ class TwinBatch {
     uint32_t capacity = 1;
     uint32_t extent_pages = 512;
     uint64_t seed = 1;
+    uint32_t rank_tokens = 0;   // of the longest lane that rank rules see
     bool plant_scores = false;  // what attention would have added, on both sides
     bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
   };
@@ -84,7 +86,8 @@ class TwinBatch {
                .extents = 3,
                .extent_pages = o.extent_pages,
                .list_pages = 3 * o.extent_pages,
-               .seed = o.seed}),
+               .seed = o.seed,
+               .rank_tokens = o.rank_tokens}),
         host_pool_({.head_dim = o.geometry.head_dim,
                     .capacity = 3 * o.extent_pages,
                     .shuffle_seed = o.seed | 1}),
@@ -125,7 +128,8 @@ class TwinBatch {
                                options_.element, tokens, nullptr));
     }
     THINKV_CHECK(t.host->prefill_end().has_value());
-    pool_.supply(cuda::prefill_end_pages(g, t.host->policy(), tokens));
+    pool_.supply(
+        cuda::prefill_end_pages(g, t.host->policy(), t.host->policy().budget_tokens, tokens));
     run(cuda::launch_prefill_end(pool_.view(), t.root, tokens, nullptr));
   }
 
@@ -201,6 +205,7 @@ class TwinBatch {
     }
     if (first >= end) return;
     THINKV_CHECK(t.host->quantize(first, end - 1, format).has_value());
+    t.settled_from = t.generated + 1;
     pool_.supply(std::min<uint32_t>(
         cuda::recode_pages(options_.geometry, t.host->policy(), lane_pages_max(t), format),
         static_cast<uint32_t>(pool_.free_pages())));
@@ -249,8 +254,13 @@ class TwinBatch {
     uint32_t pages = 0;
     for (const auto& t : twins_) {
       if (!t) continue;
-      pages += cuda::step_pages(options_.geometry, t->host->policy(),
-                                t->host->tokens() - t->generated, t->generated, lane_pages_max(*t));
+      const PolicyParams& policy = t->host->policy();
+      pages += cuda::step_pages(options_.geometry, policy,
+                                {.prompt = t->host->tokens() - t->generated,
+                                 .generated = t->generated,
+                                 .lane_pages_max = lane_pages_max(*t),
+                                 .budget = policy.budget_tokens,
+                                 .settled_from = t->settled_from});
     }
     pool_.supply(pages);
   }

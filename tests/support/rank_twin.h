@@ -81,6 +81,9 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
   if (wrong.empty()) wrong = compared_steps(batch, 100);
   batch.evict(2, {3, 5, 8, 100, 120, 160, 161});  // at most kEvictedByHand slots
   if (wrong.empty()) wrong = compared(batch, "after an eviction");
+  // The next rules find more to recode than they left.
+  batch.recode(2, 10, 200, Format::kF16);
+  if (wrong.empty()) wrong = compared(batch, "after a recoding to more bits");
   if (wrong.empty()) wrong = compared_steps(batch, 40);
   tally.add(batch.twin(2)->host->stats());
   batch.close(0);
@@ -129,18 +132,19 @@ inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry ge
 }
 
 // A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
-// wait for the first 64 steps have fired.
-inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens,
+// wait for the first steps have fired.
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64,
                                    uint32_t layers = 1) {
-  TwinBatch batch({.geometry = {.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = 64},
+  TwinBatch batch({.geometry = {.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
                    .capacity = 1,
-                   .extent_pages = 2048,
+                   .extent_pages = 1024 * layers + tokens / 8,
+                   .rank_tokens = tokens + 128,
                    .plant_scores = true});
   batch.open(0, policy);
   batch.prefill(0, tokens);
   std::string wrong = compared(batch, "the prompt");
-  for (uint32_t i = 0; i < 66; ++i) batch.step();
-  if (wrong.empty()) wrong = compared(batch, "66 steps");
+  for (uint32_t i = 0; i < policy.score_window + 2u; ++i) batch.step();
+  if (wrong.empty()) wrong = compared(batch, "the first window");
   const kernels::SequenceStats stats = batch.twin(0)->host->stats();
   if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0)
     wrong = "the rules did nothing";
@@ -167,7 +171,8 @@ inline PolicyParams draw_rank_policy(TwinBatch& batch, bool blocks) {
   return p;
 }
 
-// A policy, a prompt and 60 steps that the seed decides. `blocks`: the last rule recodes to them.
+// A policy, a prompt, a recoding and 64 steps that the seed decides. `blocks`: the last rule
+// recodes to them, and tokens are evicted instead.
 inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks = false) {
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
   const ValueType type = blocks && seed % 7 < 3 ? ValueType::kBf16 : ValueType::kFp16;
@@ -184,9 +189,13 @@ inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks 
   batch.open(1, draw_rank_policy(batch, blocks));
   if (batch.below(4) != 0) batch.prefill(1, 1 + batch.below(140));
   std::string wrong = compared(batch, "the prompt");
-  if (wrong.empty()) wrong = compared_steps(batch, 30);
+  if (wrong.empty()) wrong = compared_steps(batch, 40);
   if (blocks) batch.evict(1, positions_from(batch.below(20), 20 + batch.below(20)));
-  if (wrong.empty()) wrong = compared_steps(batch, 30);
+  if (wrong.empty() && batch.below(2) == 0) {
+    batch.recode(1, batch.below(20), 20 + batch.below(20), any_format(batch));
+    wrong = compared(batch, "after a recoding");
+  }
+  if (wrong.empty()) wrong = compared_steps(batch, 24);
   tally.add(batch.twin(1)->host->stats());
   batch.close(1);
   return wrong.empty() ? compared(batch, "closed") : wrong;

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <string>
 
 #include "client/gpu/engine.h"
 #include "client/gpu/kernel_table.h"
@@ -21,6 +22,7 @@ struct World {
   uint64_t steps = 0;          // launched
   uint32_t lane_pages = 3;     // of its longest lane, whatever the host's bound says
   uint32_t table_pages = 100;  // that a lane's table holds
+  uint64_t rank_tokens = 0;    // of lanes that rank rules see
   uint32_t waits = 0;
   uint32_t centred_lses = 0;
   bool reads_blocks = false;  // of the last attend
@@ -79,14 +81,20 @@ const KernelTable kIdleKernels = {
     .emit_scratch_bytes = [](uint64_t, uint32_t) { return uint64_t{64}; },
     .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
     .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
-    .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
+    .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t,
+                            uint32_t) { return 0u; },
     // Every step flushes: the bound of a lane grows by two pages a step.
-    .step_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, uint32_t,
-                     uint32_t) { return 1u; },
+    .step_pages = [](const ModelGeometry&, const PolicyParams&,
+                     const cuda::StepSequence&) { return 1u; },
     .recode_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, Format) { return 0u; },
+    .rank_memory_tokens = [](const ModelGeometry&, const PolicyParams&, uint32_t,
+                             uint64_t) { return world.rank_tokens; },
+    .rank_memory_shape =
+        [](uint64_t tokens, uint32_t) {
+          return cuda::RankMemoryShape{static_cast<uint32_t>(tokens), 1, 26 * tokens};
+        },
     .supported = [](const ModelGeometry&, const PolicyParams&) { return Status(); },
-    .lane_pages_limit = [](const ModelGeometry&, const PolicyParams&,
-                           uint32_t) { return world.table_pages; },
+    .lane_pages_limit = [](const ModelGeometry&, const PolicyParams&) { return world.table_pages; },
 };
 
 cuda::DriverResult wait_for_the_gpu(cuda::StreamHandle) {
@@ -260,6 +268,21 @@ TEST_F(ReserveBehind, BlocksAreRefusedByStepsThatWereLaunchedWithoutThem) {
   ASSERT_TRUE(batch_->set(0, nullptr));
   sequence_ = sequence_of(false, true);
   EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, LanesBeyondABlockGetTheirMemoryBeforeTheyAreRanked) {
+  open(0);
+  world.rank_tokens = 10000;
+  EXPECT_TRUE(batch_->reserve(1));
+  const uint32_t waits = world.waits;
+  EXPECT_TRUE(batch_->reserve(1)) << "it is there";
+  EXPECT_EQ(world.waits, waits);
+  world.rank_tokens = uint64_t{1} << 50;
+  const Status refused = batch_->reserve(1);
+  ASSERT_FALSE(refused);
+  EXPECT_NE(std::string(refused.error().what).find(std::to_string(26 * world.rank_tokens)),
+            std::string::npos)
+      << "says how much was asked for: " << refused.error().what;
 }
 
 TEST_F(ReserveBehind, TheFirstReserveHasNothingToAskFor) {

@@ -59,7 +59,7 @@ TEST(MethodXQuant, OneBitOnTheDeviceAsOnTheHost) {
 // More tokens than the kernel for few of them has room for.
 TEST(BlockPolicies, LongPromptsAgreeWithTheHost) {
   for (const char* name : testing::kBlockPolicies) {
-    EXPECT_EQ(testing::run_long_prompt(policy_of(name), kRankRowsFew + 200, 4), "") << name;
+    EXPECT_EQ(testing::run_long_prompt(policy_of(name), kRankRowsFew + 200, 64, 4), "") << name;
   }
 }
 

@@ -42,16 +42,54 @@ TEST(CudaRankLong, PromptsAgreeWithTheHost) {
   }
 }
 
-TEST(CudaRankLong, LanesThatNoBlockHoldsAreRefusedByTheirPages) {
-  const auto policy = testing::shipped_params("h2o", 64);
+// More than a block has room for: rows lie in RankMemory.
+TEST(CudaRankLong, PromptsBeyondABlockAgreeWithTheHost) {
+  for (const char* name : {"h2o", "thinkv-ladder", "fastgen", "dbudgetkv", "kvcrush"}) {
+    auto policy = testing::shipped_params(name, 300);
+    ASSERT_TRUE(policy.has_value());
+    policy->score_window = std::min<uint16_t>(policy->score_window, 16);
+    const uint32_t tokens = kRankRowsMax + 200;
+    const ModelGeometry g{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 128};
+    ASSERT_GT(rank_memory_tokens(g, *policy, 4096, tokens), 0u);
+    EXPECT_EQ(testing::run_long_prompt(*policy, tokens, 128), "") << name;
+  }
+}
+
+TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
+  const auto policy = testing::shipped_params("r-kv", 64);
   ASSERT_TRUE(policy.has_value());
   const ModelGeometry g{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 256};
   const uint32_t slots = page_layout(Format::kF16, 256).slots;
-  const uint32_t taken = rank_rows_max(*policy, 256);
-  EXPECT_EQ(lane_pages_limit(g, *policy, taken), (taken - 1) / slots);
-  // So few tokens are taken wherever they lie.
-  EXPECT_EQ(lane_pages_limit(g, *policy, taken - 1),
-            kTablePagesMax * descriptors_per_page(256, score_bytes(*policy)));
+  EXPECT_EQ(lane_pages_limit(g, *policy), (rank_rows_max(*policy, 256) - 1) / slots);
+  EXPECT_EQ(rank_memory_tokens(g, *policy, 1u << 20, 1u << 20), 0u) << "no memory helps";
+  const auto other = testing::shipped_params("thinkv-ladder", 64);
+  ASSERT_TRUE(other.has_value());
+  const ModelGeometry usual{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
+  EXPECT_GE(lane_pages_limit(usual, *other) * page_layout(Format::kK8V4, 128).slots, 32768u);
+}
+
+// What a rule kept at its last firing and what came since, not the whole lane.
+TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
+  const auto policy = testing::shipped_params("thinkv-ladder", 1024);
+  ASSERT_TRUE(policy.has_value());
+  const ModelGeometry g{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
+  const uint32_t wide = page_layout(Format::kK8V4, 128).slots;
+  const uint32_t slots = page_layout(Format::kK4V4, 128).slots;
+  const auto up = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
+  StepSequence s{.prompt = 4096, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
+  const uint32_t tables = 2, flush = up(16, wide);
+  // A tenth of the budget, the 16 tokens since step 64, and 16 that a buffer could hold.
+  const uint32_t settled = up(102 + 16 + 16, slots), unsettled = up(1024, slots);
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + settled + tables));
+  s.settled_from = 80;  // a client recoded: only what the first rule leaves is known
+  EXPECT_GE(step_pages(g, *policy, s), g.lanes() * (flush + unsettled));
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + unsettled + 2 * tables));
+  s.budget = kRankBudgetNone;
+  EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + 1)) << "nothing is over no budget";
+  EXPECT_EQ(prefill_end_pages(g, *policy, 1024, 4096), 0u) << "the rules wait for queries";
+  PolicyParams p = *policy;
+  for (RankRule& rule : p.rules) rule.attention = 0.0f, rule.position = 1.0f, rule.value_norm = 0;
+  EXPECT_LE(prefill_end_pages(g, p, 1024, 32768), 2 * g.lanes() * up(1024, slots));
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {

@@ -141,10 +141,11 @@ TEST(CudaSequenceSizes, BlocksTakePagesForWholeOnesOnly) {
     SCOPED_TRACE(format_info(b.format).name);
     p.rules[0].recode_format = b.format;
     EXPECT_TRUE(supported(g, p).has_value());
-    EXPECT_EQ(prefill_end_pages(g, p, b.slots - 1), 0u);
-    EXPECT_EQ(prefill_end_pages(g, p, 2 * b.slots - 1), g.lanes());
-    EXPECT_EQ(step_pages(g, p, 2 * b.slots, 23, 12), g.lanes() * ((2 * b.slots + 24) / b.slots));
-    EXPECT_EQ(step_pages(g, p, 2 * b.slots, 24, 12), 0u);
+    EXPECT_EQ(prefill_end_pages(g, p, 64, b.slots - 1), 0u);
+    EXPECT_EQ(prefill_end_pages(g, p, 64, 2 * b.slots - 1), g.lanes());
+    EXPECT_EQ(step_pages(g, p, {2 * b.slots, 23, 12, 64}),
+              g.lanes() * ((2 * b.slots + 24) / b.slots));
+    EXPECT_EQ(step_pages(g, p, {2 * b.slots, 24, 12, 64}), 0u);
   }
 }
 
@@ -152,17 +153,17 @@ TEST(CudaSequenceSizes, AStepThatFlushesNothingTakesNothing) {
   const ModelGeometry g = geometry_of(4, 2, 128);
   PolicyParams p = plain_policy(Format::kK4V4);
   p.segment_tokens = 64;
-  EXPECT_EQ(step_pages(g, p, 10, 14, 5), 0u);
-  EXPECT_EQ(step_pages(g, p, 10, 15, 5), 8u);
-  EXPECT_EQ(step_pages(g, p, 10, 63, 5), 8u + 1u) << "and a page of segments";
-  EXPECT_EQ(step_pages(g, p, 10, 15, 143), 8u) << "144 descriptors a table page";
-  EXPECT_EQ(step_pages(g, p, 10, 15, 144), 16u);
+  EXPECT_EQ(step_pages(g, p, {10, 14, 5}), 0u);
+  EXPECT_EQ(step_pages(g, p, {10, 15, 5}), 8u);
+  EXPECT_EQ(step_pages(g, p, {10, 63, 5}), 8u + 1u) << "and a page of segments";
+  EXPECT_EQ(step_pages(g, p, {10, 15, 143}), 8u) << "144 descriptors a table page";
+  EXPECT_EQ(step_pages(g, p, {10, 15, 144}), 16u);
   p.thought_format[0] = Format::kF16;
-  EXPECT_EQ(step_pages(g, p, 10, 15, 5), 16u);
+  EXPECT_EQ(step_pages(g, p, {10, 15, 5}), 16u);
   p.thought_format[0] = Format::kK2V2;
   p.sink_tokens = 20;
-  EXPECT_EQ(step_pages(g, p, 10, 15, 5), 16u) << "sinks and others in one flush";
-  EXPECT_EQ(step_pages(g, p, 20, 15, 5), 8u);
+  EXPECT_EQ(step_pages(g, p, {10, 15, 5}), 16u) << "sinks and others in one flush";
+  EXPECT_EQ(step_pages(g, p, {20, 15, 5}), 8u);
 }
 
 TEST(CudaSequenceSizes, WhatTheDeviceCannotHoldIsRefused) {
