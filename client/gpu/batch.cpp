@@ -25,6 +25,12 @@ uint32_t load(const uint32_t& word) {
   return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
 }
 
+bool writes_any_blocks(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) any = any || writes_blocks(policy.rules[i]);
+  return any;
+}
+
 bool emits(const PolicyParams& policy) {
   return cuda::keeps_scores(policy) || policy.label_layer_count > 0;
 }
@@ -158,7 +164,14 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
   if (rotate_ && *rotate_ != rotate) {
     return make_error(kInvalidArgument, "the policies of one batch must agree in rotation");
   }
+  const bool blocks = writes_any_blocks(sequence.policy());
+  if (blocks && !blocks_ && launched_) {
+    return make_error(kInvalidArgument,
+                      "this batch's steps were launched without reading token blocks, which this "
+                      "sequence's policy has: open another batch for it");
+  }
   THINKV_TRY(use_emission(sequence));
+  blocks_ = blocks_ || blocks;
   if (!rotate_) {
     const Format usual = sequence.policy().thought_format[0];
     shape_ = engine_->kernels().attend_shape(engine_->multiprocessors(), lanes_,
@@ -420,6 +433,7 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   p.q_element = io.q_element;
   p.out_element = io.out_element;
   p.rotate = rotate_.value_or(0) != 0;
+  p.blocks = blocks_;
   p.window = io.window;
   p.sinks = io.sinks;
   p.query_position = view_.positions;

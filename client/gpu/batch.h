@@ -110,6 +110,7 @@ class GpuBatch {
   bool traced_ = false;    // in all layers, for the sparsity
   std::vector<uint8_t> label_layers_;
   std::optional<uint8_t> rotate_;
+  bool blocks_ = false;   // some sequence may have had pages of block formats
   bool centred_ = false;  // some sequence had centred keys
   bool lse_read_ = false;
   float near_zero_ = 0.01f;

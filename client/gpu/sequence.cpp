@@ -105,9 +105,10 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
       pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
       pages_for(geometry, policy_.prompt_format, tokens);
   const KernelTable& kernels = engine_->kernels();
-  if (lane_pages > kernels.lane_pages_limit(geometry, policy_)) {
+  const uint32_t limit = kernels.lane_pages_limit(geometry, policy_);
+  if (lane_pages > limit) {
     return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
-                    lane_pages, kernels.lane_pages_limit(geometry, policy_));
+                    lane_pages, limit);
   }
   const auto lock = engine_->lock();
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
@@ -184,6 +185,7 @@ Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format for
   if (first > last || last >= prompt_ + generated_) {
     return make_error(kInvalidArgument, "the range must lie within the tokens of the sequence");
   }
+  if (is_block(format)) return make_error(kUnsupported, "tokens come into blocks by rules only");
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
   const auto lock = engine_->lock();
   const KernelTable& kernels = engine_->kernels();

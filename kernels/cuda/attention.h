@@ -25,14 +25,14 @@ struct PageView {
   uint64_t live;
   uint64_t tagged;  // address of the page, 64-byte aligned, | Format
 };
-static_assert(sizeof(PageView) == 16 && kFormatCount <= 16);
+static_assert(sizeof(PageView) == 16 && kAllFormatCount <= 64);
 
 // The order in which a lane's pages are best listed. Any order is right, but from one format to the
 // next a warp changes what it holds of the lane, and between 16 bits and codes it reads q anew. The
-// buffer, 16 bits, ends a list.
+// buffer, 16 bits, ends a list; blocks, which are read as values of 16 bits, come before it.
 [[nodiscard]] constexpr uint32_t list_rank(Format format) {
   const auto raw = static_cast<uint32_t>(format);
-  return is_16bit(format) ? raw + kFormatCount : raw;
+  return is_16bit(format) ? raw + kAllFormatCount : raw;
 }
 
 // As kernels::SparsityCount.
@@ -56,6 +56,9 @@ struct AttendParams {
   Element q_element;
   Element out_element;
   bool rotate;  // q is rotated and the output rotated back (rotation.h)
+
+  // Pages of block formats may be listed: kernels of their own, with windows and emission.
+  bool blocks = false;
 
   // Sliding window (kernels::AttendParams): window 0, no window. query_position: [sequences].
   uint32_t window = 0;

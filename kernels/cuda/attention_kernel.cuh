@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_blocks.cuh"
 #include "kernels/cuda/attention_codes.cuh"
 #include "kernels/cuda/attention_groups.cuh"
 #include "kernels/cuda/attention_launch.h"
@@ -22,6 +23,12 @@
 #include "thinkv/internal/page_format.h"
 
 namespace thinkv::cuda {
+
+// Windows and emission, and pages of block formats, cost registers and time where there are none.
+enum class AttendVariant { kPlain, kExtra, kBlocks };
+[[nodiscard]] constexpr uint32_t formats_of(AttendVariant variant) {
+  return variant == AttendVariant::kBlocks ? kAllFormatCount : kFormatCount;
+}
 
 template <int kHeadDim, int kN, class Emit>
 __device__ __forceinline__ void attend_page(LaneState<kHeadDim, kN>& s, Format format,
@@ -49,11 +56,11 @@ __device__ __forceinline__ void attend_page(LaneState<kHeadDim, kN>& s, Format f
 }
 
 // The slots of `live` that are inside the window, by the positions in the page.
-template <int kHeadDim>
+template <int kHeadDim, uint32_t kFormats>
 [[nodiscard]] __device__ __forceinline__ uint64_t window_live(const AttendParams& p,
                                                               uint32_t lane_index, Format format,
                                                               uint32_t page, uint64_t live) {
-  const uint32_t offset = position_offset<kHeadDim>(format);
+  const uint32_t offset = position_offset<kHeadDim, kFormats>(format);
   const uint32_t query = p.query_position[lane_index / p.kv_heads], thread = threadIdx.x % 32;
   const auto counts = [&](uint32_t slot) {
     if (((live >> slot) & 1u) == 0) return false;
@@ -74,11 +81,22 @@ struct Scratch {
       : ended(p.parts + 2 * ctas * part_size), log_sums(ended + warps * part_size) {}
 };
 
-// Reads pages [first, stop) of the flat list, all of one lane, into `s`. kExtra: windows, emission.
-template <bool kExtra, int kHeadDim, int kN, class Stream>
+// A page of any format that the variant knows.
+template <AttendVariant kVariant, int kHeadDim, int kN, class Emit>
+__device__ __forceinline__ void attend_any(LaneState<kHeadDim, kN>& s, Format format,
+                                           const PageInput& page, const Emit& emit) {
+  if constexpr (kVariant == AttendVariant::kBlocks) {
+    if (is_block(format)) return attend_block_page(s, format, page, emit);
+  }
+  attend_page(s, format, page, emit);
+}
+
+// Reads pages [first, stop) of the flat list, all of one lane, into `s`.
+template <AttendVariant kVariant, int kHeadDim, int kN, class Stream>
 __device__ __forceinline__ void attend_run(LaneState<kHeadDim, kN>& s, const AttendParams& p,
                                            Stream& stream, uint32_t lane_index, uint32_t first,
                                            uint32_t stop) {
+  constexpr bool kExtra = kVariant != AttendVariant::kPlain;
   [[maybe_unused]] bool emits = false;
   if constexpr (kExtra) {
     emits = p.emit != nullptr && p.emit[lane_index / p.kv_heads] != 0;
@@ -86,18 +104,20 @@ __device__ __forceinline__ void attend_run(LaneState<kHeadDim, kN>& s, const Att
   for (uint32_t left = stop - first; left != 0; --left) {
     const ReadyPage page = stream.peek();
     const Format format = page.format();
-    if (format != s.format && page.live != 0) {
-      change_format(s, p, lane_index, format);
+    const Format held = kVariant == AttendVariant::kBlocks ? state_format_of(format) : format;
+    if (held != s.format && page.live != 0) {
+      change_format(s, p, lane_index, held);
       stream.fill();
     }
     PageInput input{stream.wait(), page.live, p.softmax_scale * kLog2E};
     if constexpr (kExtra) {
       if (p.window != 0) {
-        input.live = window_live<kHeadDim>(p, lane_index, format, input.shared, page.live);
+        input.live = window_live<kHeadDim, formats_of(kVariant)>(p, lane_index, format,
+                                                                 input.shared, page.live);
       }
       const EmitScores emit(emits ? emit_page_of(p, stop - left) : nullptr, p.group);
       if (input.live != 0) {
-        attend_page(s, format, input, emit);
+        attend_any<kVariant>(s, format, input, emit);
       } else if (emits) {
         emit.nothing();
       }
@@ -110,7 +130,7 @@ __device__ __forceinline__ void attend_run(LaneState<kHeadDim, kN>& s, const Att
 
 // The run of one warp: whole lanes are written, of cut ones their parts. `ring`: the warp's own;
 // `part_lane`: [2], see WarpParts.
-template <bool kExtra, int kHeadDim, int kN, class Stream>
+template <AttendVariant kVariant, int kHeadDim, int kN, class Stream>
 __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stream, uint32_t begin,
                                              uint32_t end, const Scratch& scratch, float* ended,
                                              float* ring, uint32_t* part_lane) {
@@ -126,7 +146,7 @@ __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stre
     const uint32_t stop = min(lane_end, end);
     if (stop < end) prefetch_query<kHeadDim>(p, lane_index + 1);
     begin_lane(s);
-    attend_run<kExtra>(s, p, stream, lane_index, i, stop);
+    attend_run<kVariant>(s, p, stream, lane_index, i, stop);
     finish_lane(s);
     i = stop;
     if (p.lane_begin[lane_index] >= begin && lane_end <= end) {
@@ -139,9 +159,10 @@ __device__ __forceinline__ void attend_lanes(const AttendParams& p, Stream& stre
   }
 }
 
-template <int kHeadDim, int kN, int kWarps, int kStages, bool kExtra>
+template <int kHeadDim, int kN, int kWarps, int kStages, AttendVariant kVariant>
 __global__ void __launch_bounds__(kWarps * 32, 1) attend_kernel(const AttendParams p) {
-  using Stream = PageStream<kHeadDim, ring_stages<kHeadDim>(kCode, kWarps, kStages), kExtra>;
+  using Stream = PageStream<kHeadDim, ring_stages<kHeadDim>(kCode, kWarps, kStages),
+                            kVariant != AttendVariant::kPlain, formats_of(kVariant)>;
   constexpr uint32_t kRing = Stream::Ring::kBytes;
   __shared__ __align__(8) uint64_t barriers[kWarps * kStages];
   __shared__ __align__(16) ReadyPage ready[kWarps][2 * kBatch];
@@ -164,7 +185,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) attend_kernel(const AttendPara
   const Scratch scratch(p, part_size, gridDim.x, warps);
   write_empty_lanes<kHeadDim>(p, scratch.log_sums, index, warps);
   if (begin < end) {
-    attend_lanes<kExtra, kHeadDim, kN>(
+    attend_lanes<kVariant, kHeadDim, kN>(
         p, stream, begin, end, scratch, scratch.ended + uint64_t{index} * part_size,
         reinterpret_cast<float*>(dynamic_shared() + warp * kRing), part_lane + 2 * warp);
   }
@@ -224,14 +245,14 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   combine_lane<kHeadDim>(p, scratch.log_sums, lane_index, blockIdx.x, cta_of(end - 1), part);
 }
 
-template <int kHeadDim, int kN, int kWarps, int kStages, bool kExtra>
+template <int kHeadDim, int kN, int kWarps, int kStages, AttendVariant kVariant>
 cudaError_t launch_variant(const AttendParams& p, uint32_t ctas, cudaStream_t stream) {
   const uint32_t shared =
       kWarps * ring_stages<kHeadDim>(running_code(), kWarps, kStages) * page_bytes(kHeadDim);
   static_assert(ring_stages<kHeadDim>(80, kWarps, kStages) * page_bytes(kHeadDim) >=
                 4 * part_floats(8 * kN, kHeadDim));
   const cudaError_t error = launch(
-      attend_kernel<kHeadDim, kN, kWarps, kStages, kExtra>,
+      attend_kernel<kHeadDim, kN, kWarps, kStages, kVariant>,
       {.blocks = ctas, .threads = kWarps * 32, .shared_bytes = shared, .overlaps_previous = true},
       stream, p);
   if (error != cudaSuccess || ctas == 1) return error;
@@ -242,10 +263,13 @@ cudaError_t launch_variant(const AttendParams& p, uint32_t ctas, cudaStream_t st
 
 template <int kHeadDim, int kN, int kWarps, int kStages>
 cudaError_t launch_shape(const AttendParams& p, uint32_t ctas, cudaStream_t stream) {
-  if (p.window == 0 && p.emit == nullptr) {
-    return launch_variant<kHeadDim, kN, kWarps, kStages, false>(p, ctas, stream);
+  using enum AttendVariant;
+  if (p.window == 0 && p.emit == nullptr && !p.blocks) {
+    return launch_variant<kHeadDim, kN, kWarps, kStages, kPlain>(p, ctas, stream);
   }
-  const cudaError_t error = launch_variant<kHeadDim, kN, kWarps, kStages, true>(p, ctas, stream);
+  const cudaError_t error =
+      p.blocks ? launch_variant<kHeadDim, kN, kWarps, kStages, kBlocks>(p, ctas, stream)
+               : launch_variant<kHeadDim, kN, kWarps, kStages, kExtra>(p, ctas, stream);
   if (error != cudaSuccess || p.emit == nullptr) return error;
   const uint64_t parts = (2 * ctas + ctas * kWarps) * part_floats(p.group, kHeadDim);
   return launch_emission(p, p.parts + parts, stream);
@@ -253,10 +277,14 @@ cudaError_t launch_shape(const AttendParams& p, uint32_t ctas, cudaStream_t stre
 
 template <int kHeadDim, int kN, int kWarps, int kStages>
 void visit_shape(AttendKernelVisit visit) {
-  visit({kHeadDim, 8 * kN, kWarps, kStages, false,
-         reinterpret_cast<const void*>(&attend_kernel<kHeadDim, kN, kWarps, kStages, false>)});
-  visit({kHeadDim, 8 * kN, kWarps, kStages, true,
-         reinterpret_cast<const void*>(&attend_kernel<kHeadDim, kN, kWarps, kStages, true>)});
+  using enum AttendVariant;
+  const auto of = [&](const char* variant, const void* function) {
+    visit({kHeadDim, 8 * kN, kWarps, kStages, variant, function});
+  };
+  of("plain", reinterpret_cast<const void*>(&attend_kernel<kHeadDim, kN, kWarps, kStages, kPlain>));
+  of("extra", reinterpret_cast<const void*>(&attend_kernel<kHeadDim, kN, kWarps, kStages, kExtra>));
+  of("blocks",
+     reinterpret_cast<const void*>(&attend_kernel<kHeadDim, kN, kWarps, kStages, kBlocks>));
 }
 
 }  // namespace thinkv::cuda

@@ -15,7 +15,7 @@ namespace thinkv::cuda {
 // A kernel of attention, for a report of its resources (tests/gpu/attend_bench.cu).
 struct AttendKernel {
   uint32_t head_dim, heads, warps, stages;
-  bool extra;  // with windows and emission
+  const char* variant;  // plain, extra (windows and emission) or blocks (of tokens, and extra)
   const void* function;
 };
 using AttendKernelVisit = void (*)(const AttendKernel&);

@@ -31,7 +31,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 4;
+inline constexpr uint32_t kDeviceLayoutVersion = 5;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -65,13 +65,14 @@ struct DeviceLane {
   // Ids of pages that rank rules emptied in the step in progress: in the descriptors behind those
   // in use. The lane's next new page is the first of them; what is left goes at the step's end.
   uint16_t pending;
-  uint8_t mask;  // kFirstFit: the mask that was chosen
-  uint8_t reserved0;
-  uint32_t mask_tokens;  // kFirstFit: tokens outside the mask's classes that stay
-  uint32_t reserved1;
+  uint8_t mask;             // kFirstFit: the mask that was chosen
+  uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
+  uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
+  uint32_t reserved0;
+  uint32_t channels[8];  // bits [head_dim], never changed
   uint32_t table[kTablePagesMax];
 };
-static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 4 * kTablePagesMax);
+static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 32 + 4 * kTablePagesMax);
 static_assert(sizeof(DeviceLane) % 16 == 0);
 static_assert(offsetof(DeviceLane, buffer_score) % 4 == 0, "scores are read and written in pairs");
 
@@ -186,7 +187,7 @@ enum RankStep : uint32_t {
   return page_bytes(head_dim) /
          (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + kSlotsPerPageMax * score_bytes);
 }
-static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 17);
+static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 16);
 static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1400);
 
 }  // namespace thinkv::cuda

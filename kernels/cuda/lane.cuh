@@ -51,12 +51,12 @@ struct SlotShape {
   uint32_t position_offset;
 };
 struct SlotShapes {
-  SlotShape of[kPageClassCount][kFormatCount];
+  SlotShape of[kPageClassCount][kAllFormatCount];
 };
 [[nodiscard]] constexpr SlotShapes make_slot_shapes() {
   SlotShapes all{};
   for (uint32_t c = 0; c < kPageClassCount; ++c) {
-    for (uint32_t f = 1; f < kFormatCount; ++f) {
+    for (uint32_t f = 1; f < kAllFormatCount; ++f) {
       const PageLayout l = make_page_layout(static_cast<Format>(f), kHeadDims[c]);
       all.of[c][f] = {.slots = l.slots,
                       .v_offset = l.v.offset,
@@ -67,7 +67,7 @@ struct SlotShapes {
   }
   return all;
 }
-// Requires: format_valid(format).
+// Of a block format: slots and positions mean the same. Requires: page_format_valid(format).
 [[nodiscard]] __device__ __forceinline__ SlotShape slot_shape(uint32_t head_dim, uint32_t format) {
   static constexpr SlotShapes kShapes = make_slot_shapes();
   return kShapes.of[page_class(head_dim)][format];
@@ -167,10 +167,12 @@ __device__ __forceinline__ void give_page(Lease* lease, uint32_t raw) {
 [[nodiscard]] __device__ __forceinline__ Format wide_format(const BatchView& view) {
   return view.geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
 }
-// A policy's kF16 and kBf16 are the model's 16-bit type.
+// A policy's kF16 and kBf16, and the values of its kThink, are the model's 16-bit type.
 [[nodiscard]] __device__ __forceinline__ Format resolve_format(const BatchView& view,
                                                                Format format) {
-  return is_16bit(format) ? wide_format(view) : format;
+  if (is_16bit(format)) return wide_format(view);
+  if (!is_think(format)) return format;
+  return wide_format(view) == Format::kBf16 ? Format::kThinkBf16 : Format::kThink;
 }
 
 // ---- a lane ----
@@ -246,7 +248,7 @@ struct LaneView {
   auto* table = page_at(*lane.batch, lane.lane->table[index / lane.per_table]);
   if (table == nullptr) return nullptr;
   auto* found = reinterpret_cast<DeviceDescriptor*>(table) + index % lane.per_table;
-  if (format_valid(found->format)) return found;
+  if (page_format_valid(found->format)) return found;
   raise_fault(lane.batch->lease, kBadMetadata);
   return nullptr;
 }
@@ -292,14 +294,25 @@ __device__ __forceinline__ void write_score(const LaneView& lane, void* row, uin
   return *reinterpret_cast<const uint32_t*>(page + position_offset + slot * kPositionBytes);
 }
 
-// The slots stop to count and become writable. Called by one thread of the lane's warp.
-// Requires: all of `slots` live.
+// Slots of pages of that format become free, or stop to be; those of a block are never free alone.
+// By one thread.
+__device__ __forceinline__ void count_free(const LaneView& lane, uint32_t format, uint32_t more,
+                                           uint32_t fewer) {
+  if (format < kFormatCount) lane.lane->free_slots[format] += more - fewer;
+}
+// The page is the descriptor's lane's to give back; else the second layer's lane of a pair owns it.
+[[nodiscard]] __device__ __forceinline__ bool owns_page(const DeviceDescriptor* descriptor) {
+  return !is_pair(static_cast<Format>(descriptor->format));
+}
+
+// The slots stop to count and, but of a block, become writable. Called by one thread of the lane's
+// warp. Requires: all of `slots` live.
 __device__ __forceinline__ void drop_slots(const LaneView& lane, DeviceDescriptor* descriptor,
                                            uint64_t slots) {
   const auto count = static_cast<uint32_t>(__popcll(slots));
   descriptor->live &= ~slots;
   lane.lane->live -= count;
-  lane.lane->free_slots[descriptor->format] += count;
+  count_free(lane, descriptor->format, count, 0);
 }
 
 // Whole-warp functions, in lane_write.cuh:

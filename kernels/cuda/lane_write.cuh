@@ -124,13 +124,24 @@ struct OldestPages {
   return reinterpret_cast<DeviceDescriptor*>(table)[header.pages % lane.per_table].page;
 }
 
-// One more page of `format`, empty. Result: success.
+// The same where the page is another lane's.
+[[nodiscard]] __device__ __forceinline__ uint32_t room_for_shared(const LaneView& lane,
+                                                                  uint32_t shared) {
+  if (lane.lane->pending == 0) return grow_table(lane) ? shared : PageId::kNoneRaw;
+  raise_fault(lane.batch->lease, kBadMetadata);  // ids that were put aside lie where it would go
+  return PageId::kNoneRaw;
+}
+
+// One more page of `format`, empty; `shared`: the one that the second layer of a pair owns. Result:
+// success.
 [[nodiscard]] __device__ __forceinline__ bool push_page(const LaneView& lane, Format format,
-                                                        uint32_t slots) {
+                                                        uint32_t slots,
+                                                        uint32_t shared = PageId::kNoneRaw) {
   bool pushed = false;
   __syncwarp();  // all threads have read the counts that one of them changes
   if (threadIdx.x % 32 == 0) {
-    const uint32_t raw = next_page(lane);
+    const bool own = shared == PageId::kNoneRaw;
+    const uint32_t raw = own ? next_page(lane) : room_for_shared(lane, shared);
     auto* table = raw == PageId::kNoneRaw
                       ? nullptr
                       : page_at(*lane.batch, lane.lane->table[lane.lane->pages / lane.per_table]);
@@ -145,8 +156,8 @@ struct OldestPages {
             .last_position = 0,
             .marks = 0};
       lane.lane->pages += 1;
-      lane.lane->free_slots[static_cast<uint32_t>(format)] += slots;
-      atomicAdd(&lane.sequence->data_pages, 1u);
+      count_free(lane, static_cast<uint32_t>(format), slots, 0);
+      if (own) atomicAdd(&lane.sequence->data_pages, 1u);
       pushed = true;
     }
   }
@@ -194,20 +205,31 @@ __device__ __forceinline__ uint32_t place_tokens(const LaneView& lane,
 
 namespace lane_detail {
 
-// Takes descriptor `index` out of the table: the last one moves into its place. Its page goes to
-// the lease, or with `aside` its id to the place that the last one leaves.
-__device__ __forceinline__ void remove_descriptor(const LaneView& lane, uint32_t index,
-                                                  uint32_t last, bool aside) {
+// What a sweep takes out of the table. `pages`: those that the lane owned.
+struct Removed {
+  uint32_t descriptors;
+  uint32_t pages;
+};
+
+// The ids that are put aside begin at `first`, one lower than before: with `raw`, or where there is
+// none, with the last of the `count` that there are. One thread.
+__device__ __forceinline__ void begin_aside(const LaneView& lane, uint32_t first, uint32_t count,
+                                            uint32_t raw) {
+  DeviceDescriptor* begin = descriptor_at(lane, first);
+  if (begin == nullptr) return;
+  if (raw == PageId::kNoneRaw && count > 0) {
+    const DeviceDescriptor* end = descriptor_at(lane, first + count);
+    if (end != nullptr) raw = end->page;
+  }
+  begin->page = raw;
+}
+
+// Takes descriptor `index` out of the table: the last one moves into its place.
+__device__ __forceinline__ void move_last(const LaneView& lane, uint32_t index, uint32_t last) {
   DeviceDescriptor* d = descriptor_at(lane, index);
   DeviceDescriptor* moved = descriptor_at(lane, last);
-  if (d == nullptr || moved == nullptr) return;
-  const uint32_t thread = threadIdx.x % 32, raw = d->page;
-  if (thread == 0) {
-    lane.lane->free_slots[d->format] -= slot_shape(lane.head_dim, d->format).slots;
-    if (!aside) give_page(lane.batch->lease, raw);
-  }
-  __syncwarp();
-  if (index == last) return;
+  if (index == last || d == nullptr || moved == nullptr) return;
+  const uint32_t thread = threadIdx.x % 32;
   if (lane.scored()) {
     const auto* from = reinterpret_cast<const uint32_t*>(score_row(lane, moved, last));
     auto* to = reinterpret_cast<uint32_t*>(score_row(lane, d, index));
@@ -216,8 +238,29 @@ __device__ __forceinline__ void remove_descriptor(const LaneView& lane, uint32_t
   if (thread < 2)
     reinterpret_cast<uint4*>(d)[thread] = reinterpret_cast<const uint4*>(moved)[thread];
   __syncwarp();
-  if (aside && thread == 0) moved->page = raw;
+}
+
+// Takes descriptor `index` out. Its page, where the lane owns it, goes to the lease, or with
+// `aside` to the ids behind the table, of which there are removed.pages more than before.
+__device__ __forceinline__ void remove_descriptor(const LaneView& lane, uint32_t index, bool aside,
+                                                  Removed& removed) {
+  const DeviceDescriptor* d = descriptor_at(lane, index);
+  if (d == nullptr) return;
+  const uint32_t thread = threadIdx.x % 32, raw = d->page, format = d->format;
+  const bool own = owns_page(d);
+  const uint32_t last = lane.lane->pages - removed.descriptors - 1;
+  __syncwarp();  // all have read what is about to be written
+  if (thread == 0) {
+    count_free(lane, format, 0, slot_shape(lane.head_dim, format).slots);
+    if (!aside && own) give_page(lane.batch->lease, raw);
+  }
+  move_last(lane, index, last);
+  if (aside && thread == 0) {
+    begin_aside(lane, last, lane.lane->pending + removed.pages, own ? raw : PageId::kNoneRaw);
+  }
   __syncwarp();
+  removed.descriptors += 1;
+  removed.pages += own ? 1 : 0;
 }
 
 // Table pages that nothing needs any more, but the first. One thread.
@@ -236,10 +279,9 @@ __device__ __forceinline__ void give_tables(const LaneView& lane) {
 
 namespace lane_detail {
 
-// Result: how many descriptors left the table.
-__device__ __forceinline__ uint32_t remove_empty(const LaneView& lane, bool aside) {
+__device__ __forceinline__ Removed remove_empty(const LaneView& lane, bool aside) {
   const uint32_t before = lane.lane->pages;
-  uint32_t pages = before;
+  Removed removed{0, 0};
   for (uint32_t end = (before + 31) / 32; end > 0; --end) {
     const uint32_t base = (end - 1) * 32, mine = base + threadIdx.x % 32;
     bool empty = false;
@@ -251,18 +293,16 @@ __device__ __forceinline__ uint32_t remove_empty(const LaneView& lane, bool asid
     while (found != 0) {
       const auto bit = static_cast<uint32_t>(31 - __clz(static_cast<int32_t>(found)));
       found &= ~(1u << bit);
-      pages -= 1;
-      remove_descriptor(lane, base + bit, pages, aside);
+      remove_descriptor(lane, base + bit, aside, removed);
     }
   }
   __syncwarp();
-  if (pages == before) return 0;
-  if (threadIdx.x % 32 == 0) {
-    lane.lane->pages = pages;
-    atomicSub(&lane.sequence->data_pages, before - pages);
+  if (removed.descriptors != 0 && threadIdx.x % 32 == 0) {
+    lane.lane->pages = before - removed.descriptors;
+    atomicSub(&lane.sequence->data_pages, removed.pages);
   }
   __syncwarp();
-  return before - pages;
+  return removed;
 }
 
 }  // namespace lane_detail
@@ -270,7 +310,7 @@ __device__ __forceinline__ uint32_t remove_empty(const LaneView& lane, bool asid
 // Gives back the pages that drop_slots() emptied, and tables that nothing needs any more. Indices
 // of descriptors change. The lane's drops are visible to the warp. Requires: nothing is put aside.
 __device__ __forceinline__ void sweep_lane(const LaneView& lane) {
-  if (lane_detail::remove_empty(lane, false) == 0) return;
+  if (lane_detail::remove_empty(lane, false).descriptors == 0) return;
   if (threadIdx.x % 32 == 0) lane_detail::give_tables(lane);
   __syncwarp();
 }
@@ -278,9 +318,9 @@ __device__ __forceinline__ void sweep_lane(const LaneView& lane) {
 // The same for kernels that take pages: the lane's next new pages are these, and give_aside() gives
 // what is left.
 __device__ __forceinline__ void put_pages_aside(const LaneView& lane) {
-  const uint32_t removed = lane_detail::remove_empty(lane, true);
-  if (removed != 0 && threadIdx.x % 32 == 0) {
-    lane.lane->pending = static_cast<uint16_t>(lane.lane->pending + removed);
+  const uint32_t pages = lane_detail::remove_empty(lane, true).pages;
+  if (pages != 0 && threadIdx.x % 32 == 0) {
+    lane.lane->pending = static_cast<uint16_t>(lane.lane->pending + pages);
   }
   __syncwarp();
 }

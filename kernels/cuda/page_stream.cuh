@@ -14,29 +14,31 @@
 
 namespace thinkv::cuda {
 
-// Sixteenths of the bytes of a page that are copied: up to the positions, or with them. Every
+// Sixteenths of the bytes of a page that are copied: up to the positions, or with them. kFormats:
+// those before it can come. Every
 // entry of the layout table must be named in a constant expression: the table is the host's.
-template <int kHeadDim, bool kPositions, uint32_t kFormat = 1>
+template <int kHeadDim, bool kPositions, uint32_t kFormats, uint32_t kFormat = 1>
 [[nodiscard]] __device__ __forceinline__ uint32_t copied_sixteenths(Format format) {
-  if constexpr (kFormat == kFormatCount) {
+  if constexpr (kFormat == kFormats) {
     return 0;
   } else {
     constexpr PageLayout kLayout = page_layout(static_cast<Format>(kFormat), kHeadDim);
     constexpr uint32_t kBytes = kPositions ? kLayout.bytes_used : kLayout.position_offset;
     return format == static_cast<Format>(kFormat)
                ? (kBytes + 15) / 16
-               : copied_sixteenths<kHeadDim, kPositions, kFormat + 1>(format);
+               : copied_sixteenths<kHeadDim, kPositions, kFormats, kFormat + 1>(format);
   }
 }
 // Where the positions are.
-template <int kHeadDim, uint32_t kFormat = 1>
+template <int kHeadDim, uint32_t kFormats, uint32_t kFormat = 1>
 [[nodiscard]] __device__ __forceinline__ uint32_t position_offset(Format format) {
-  if constexpr (kFormat == kFormatCount) {
+  if constexpr (kFormat == kFormats) {
     return 0;
   } else {
     constexpr PageLayout kLayout = page_layout(static_cast<Format>(kFormat), kHeadDim);
-    return format == static_cast<Format>(kFormat) ? kLayout.position_offset
-                                                  : position_offset<kHeadDim, kFormat + 1>(format);
+    return format == static_cast<Format>(kFormat)
+               ? kLayout.position_offset
+               : position_offset<kHeadDim, kFormats, kFormat + 1>(format);
   }
 }
 
@@ -46,7 +48,7 @@ struct ReadyPage {
   uint64_t live;
   uint64_t packed;  // Format | address (64-byte aligned, below 2^54) | sixteenths to copy << 54
   [[nodiscard]] __device__ __forceinline__ Format format() const {
-    return static_cast<Format>(packed & 15u);
+    return static_cast<Format>(packed & 63u);
   }
   [[nodiscard]] __device__ __forceinline__ uint64_t address() const {
     return packed & 0x003F'FFFF'FFFF'FFC0u;
@@ -57,7 +59,7 @@ struct ReadyPage {
 };
 constexpr uint32_t kBatch = 16;
 
-template <int kHeadDim, uint32_t kStages, bool kPositions>
+template <int kHeadDim, uint32_t kStages, bool kPositions, uint32_t kFormats>
 class PageStream {
  public:
   static constexpr uint32_t kPage = page_bytes(kHeadDim);
@@ -119,9 +121,9 @@ class PageStream {
     return index < count_ ? pages_[index] : PageView{0, 0};
   }
   __device__ __forceinline__ void store_batch(uint32_t batch, const PageView& view) {
-    const Format format = static_cast<Format>(view.tagged & 15u);
+    const Format format = static_cast<Format>(view.tagged & 63u);
     const uint64_t sixteenths =
-        view.live == 0 ? 0 : copied_sixteenths<kHeadDim, kPositions>(format);
+        view.live == 0 ? 0 : copied_sixteenths<kHeadDim, kPositions, kFormats>(format);
     ready_[batch % 2 * kBatch + thread() % kBatch] = {view.live, view.tagged | sixteenths << 54};
   }
   __device__ __forceinline__ void start_copy(uint32_t index, uint32_t stage) const {

@@ -55,7 +55,7 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
     if (item.heads > 1 && gather_lane(item, lane) != n) return true;
-    apply_fates<kDim>(item, rule, lane, n);
+    apply_fates<kDim>(item, rule, lane, item.first_lane + head, n);
   }
   return is_adaptive(rule.budget) || budget.limit.surplus() <= free;
 }
@@ -83,7 +83,7 @@ __device__ bool run_on_item(const RankItem& item, const RankRule& rule) {
 
 // A cut of the prompt leaves few tokens in many pages, and no later write fills them soon. In
 // decoding nothing moves: evicted slots are written again within a few flushes.
-__device__ void compact_item(const RankItem& item) {
+__device__ THINKV_OUT_OF_LINE void compact_item(const RankItem& item) {
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
     if (lane.lane == nullptr) continue;
@@ -92,6 +92,23 @@ __device__ void compact_item(const RankItem& item) {
     if (threadIdx.x == 0 && bytes != 0) add_64(&item.sequence->gathered_bytes, bytes);
     __syncthreads();
   }
+}
+
+// A rule that fires or not writes the pages of a layer and its partner. Such a rule is the only one
+// of these layers (rank_check.h), and the second's block works on the lanes of both.
+[[nodiscard]] __device__ bool is_paired(const BatchView& view, const PolicyParams& policy,
+                                        uint32_t layer) {
+  for (uint32_t i = 0; i < min(uint32_t{policy.rule_count}, kRulesMax); ++i) {
+    const RankRule& rule = policy.rules[i];
+    if (rule.action != RankAction::kRecode || !is_pair(rule.recode_format)) continue;
+    if (covers_layer(rule, layer) && (layer % 2 == 1 || layer + 1 < view.geometry.layers)) {
+      return true;
+    }
+  }
+  return false;
+}
+[[nodiscard]] __device__ bool is_second_of_pair(const RankItem& item) {
+  return item.layer() % 2 == 1 && is_paired(*item.batch, item.sequence->policy, item.layer());
 }
 
 // All rules that fire, and where the prompt was cut its tokens move together.
@@ -104,10 +121,14 @@ __device__ void run_rules(const RankItem& item) {
   for (uint32_t i = 0; i < count; ++i) {
     const RankRule& rule = sequence->policy.rules[i];
     if (((plan >> i) & 1u) == 0 || !covers_layer(rule, item.layer())) continue;
+    if (done_by_partner(*item.batch, rule, item.layer())) continue;
     reached = run_on_item<kDim>(item, rule) && reached;
     __syncthreads();
   }
-  if ((plan & kRankCompacts) != 0) compact_item(item);
+  if ((plan & kRankCompacts) != 0) {
+    if (is_second_of_pair(item)) compact_item(item.before());
+    compact_item(item);
+  }
   if (threadIdx.x != 0 || reached) return;
   if (atomicExch(&sequence->over_budget, 1u) == 0) {
     add_64(&sequence->counters.over_budget_steps, 1);
@@ -149,6 +170,8 @@ __device__ void run_item(const BatchView& view, const RankParams& params, Device
   const PolicyParams& policy = sequence->policy;
   const uint32_t heads = couples_heads(policy) ? view.geometry.kv_heads : 1;
   if (index % heads != 0) return;
+  const uint32_t layer = index / view.geometry.kv_heads;
+  if (layer % 2 == 0 && is_paired(view, policy, layer)) return;
   const bool most = needs_most_room(policy);
   uint32_t live = 0;
   for (uint32_t head = 0; head < heads; ++head) {

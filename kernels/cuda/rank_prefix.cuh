@@ -130,7 +130,7 @@ __device__ inline void drop_prefix(const RankItem& layer, const RankRule& rule) 
     if (!load_head<kDim>(layer, rule, h, true, head)) return;
     keep_best(head.item, head.n, head.free, head.free - most);
     recode_dropped(head.item, rule, head.n);
-    apply_fates<kDim>(head.item, rule, head.lane, head.n);
+    apply_fates<kDim>(head.item, rule, head.lane, head.item.first_lane, head.n);
   }
 }
 

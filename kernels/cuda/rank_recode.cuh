@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/rank_rows.cuh"
+#include "kernels/cuda/rank_blocks.cuh"
 
 namespace thinkv::cuda {
 namespace rank_detail {
@@ -87,19 +87,12 @@ __device__ inline void move_listed(const LaneView& lane, uint32_t count, Format 
     unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
     const bool active = page != nullptr;
     const Format old = active ? static_cast<Format>(d->format) : format;
-    const SlotShape shape_of_old = slot_shape(kDim, static_cast<uint32_t>(old));
     float x[kDim / 8] = {};
-    if (active) {
-      decode_vector<kDim, true>(
-          x, old, vector_place<kDim, true>(page, shape_of_old, coding_of<true>(old), from & 63u));
-    }
+    if (active) decode_token<kDim, true>(x, page, old, from & 63u);
     encode_vector<kDim, true>(
         x, format, vector_place<kDim, true>(place.page, shape, coding_of<true>(format), place.slot),
         active);
-    if (active) {
-      decode_vector<kDim, false>(
-          x, old, vector_place<kDim, false>(page, shape_of_old, coding_of<false>(old), from & 63u));
-    }
+    if (active) decode_token<kDim, false>(x, page, old, from & 63u);
     encode_vector<kDim, false>(
         x, format,
         vector_place<kDim, false>(place.page, shape, coding_of<false>(format), place.slot), active);
@@ -113,19 +106,9 @@ __device__ inline void move_listed(const LaneView& lane, uint32_t count, Format 
 [[nodiscard]] __device__ inline uint32_t drop_listed(const RankItem& item, const LaneView& lane,
                                                      uint32_t count) {
   RankShared& shared = *item.shared;
-  if (threadIdx.x < kFormatCount) shared.counts.freed[threadIdx.x] = 0;
-  const uint32_t moved = count_rows(
-      shared, count, [&](uint32_t i) { return shared.recode.places[i].page != nullptr; });
-  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-    DeviceDescriptor* d = descriptor_at(lane, shared.recode.from[i] >> 6);
-    if (d == nullptr || shared.recode.places[i].page == nullptr) continue;
-    add_64(&d->live, ~(uint64_t{1} << (shared.recode.from[i] & 63u)) + 1);
-    atomicAdd(&shared.counts.freed[d->format], 1u);
-  }
-  __syncthreads();
-  if (threadIdx.x < kFormatCount) {
-    lane.lane->free_slots[threadIdx.x] += shared.counts.freed[threadIdx.x];
-  }
+  const auto has_moved = [&](uint32_t i) { return shared.recode.places[i].page != nullptr; };
+  const uint32_t moved = count_rows(shared, count, has_moved);
+  clear_slots(shared, lane, shared.recode.from, count, has_moved);
   if (threadIdx.x == 0) lane.lane->live -= moved;
   __syncthreads();
   return moved;
@@ -134,9 +117,8 @@ __device__ inline void move_listed(const LaneView& lane, uint32_t count, Format 
 // Result: how many rows were recoded. Requires: a page for every 64 rows at most, so no more pages
 // than rows.
 template <int kDim>
-__device__ inline uint32_t recode_fated(const RankItem& item, const RankRule& rule,
-                                        const LaneView& lane, uint32_t n) {
-  const Format format = resolve_format(*item.batch, rule.recode_format);
+__device__ inline uint32_t recode_fated(const RankItem& item, Format format, const LaneView& lane,
+                                        uint32_t n) {
   const uint32_t pages = lane.lane->pages;  // those that come are already in the format
   if (pages > n || !format_valid(static_cast<uint8_t>(format))) return 0;
   auto* masks = reinterpret_cast<uint32_t*>(item.rows.score);

@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/codec.cuh"
+#include "kernels/cuda/codec_block_encode.cuh"
+#include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/compact.cuh"
+#include "kernels/cuda/out_of_line.cuh"
 #include "kernels/cuda/rank_step.cuh"
 #include "kernels/cuda/recode.cuh"
 #include "kernels/cuda/select.cuh"
@@ -71,6 +73,7 @@ struct RankShared {
   union {
     RankRecode recode;
     CompactShared compact;
+    BlockTile tile;
   };
 };
 
@@ -104,6 +107,12 @@ struct RankItem {
   }
   [[nodiscard]] __device__ __forceinline__ uint32_t layer() const {
     return first_lane / batch->geometry.kv_heads;
+  }
+  // The same lanes of the layer before.
+  [[nodiscard]] __device__ __forceinline__ RankItem before() const {
+    RankItem item = *this;
+    item.first_lane -= batch->geometry.kv_heads;
+    return item;
   }
 };
 

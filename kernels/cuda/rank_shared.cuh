@@ -153,7 +153,7 @@ __device__ inline void share_layer(const RankItem& layer, const RankRule& rule) 
     const uint32_t stays = layer.shared->places[h] + layer.shared->taken;
     keep_best(head.item, head.n, head.free, stays);
     recode_dropped(head.item, rule, head.n);
-    apply_fates<kDim>(head.item, rule, head.lane, head.n);
+    apply_fates<kDim>(head.item, rule, head.lane, head.item.first_lane, head.n);
   }
 }
 

@@ -25,21 +25,13 @@ __device__ inline void read_attention(const RankItem& item, const LaneView& lane
 
 // rows.number times the norm of the token's value; eight threads a row (policy::dot).
 template <int kDim>
-__device__ inline void multiply_by_value_norm(const RankItem& item, const LaneView& lane,
-                                              uint32_t n) {
+__device__ THINKV_OUT_OF_LINE void multiply_by_value_norm(const RankItem& item,
+                                                          const LaneView& lane, uint32_t n) {
   const RankRows& rows = item.rows;
   for (uint32_t base = 0; base < n; base += blockDim.x / 8) {
     const uint32_t i = base + threadIdx.x / 8;
     float x[kDim / 8] = {};
-    const DeviceDescriptor* d = i < n ? descriptor_at(lane, rows.place[i] >> 6) : nullptr;
-    unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
-    if (page != nullptr) {
-      const auto format = static_cast<Format>(d->format);
-      const SlotShape shape = slot_shape(kDim, d->format);
-      decode_vector<kDim, false>(
-          x, format,
-          vector_place<kDim, false>(page, shape, coding_of<false>(format), rows.place[i] & 63u));
-    }
+    if (i < n) decode_place<kDim, false>(x, lane, rows.place[i]);
     const float sum = dot_of_eight<kDim>(x);
     if (i < n && threadIdx.x % 8 == 0) {
       rows.number[i] = exact_mul(rows.number[i], exact_sqrt(sum));

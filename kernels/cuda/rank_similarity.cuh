@@ -29,20 +29,12 @@ struct Tiles {
 
 // Keys first .. first + kTile - 1 of the rows, of length 1; zeros beyond n. Eight threads a key.
 template <int kDim>
-__device__ inline void load_tile(const RankItem& item, const LaneView& lane, uint32_t first,
-                                 uint32_t n, float* tile) {
+__device__ THINKV_OUT_OF_LINE void load_tile(const RankItem& item, const LaneView& lane,
+                                             uint32_t first, uint32_t n, float* tile) {
   const uint32_t row = threadIdx.x / 8, i = first + row, l = threadIdx.x % 8;
   if (row >= kTile) return;  // whole warps
   float x[kDim / 8] = {};
-  const DeviceDescriptor* d = i < n ? descriptor_at(lane, item.rows.place[i] >> 6) : nullptr;
-  unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
-  if (page != nullptr) {
-    const auto format = static_cast<Format>(d->format);
-    const SlotShape shape = slot_shape(kDim, d->format);
-    decode_vector<kDim, true>(
-        x, format,
-        vector_place<kDim, true>(page, shape, coding_of<true>(format), item.rows.place[i] & 63u));
-  }
+  if (i < n) decode_place<kDim, true>(x, lane, item.rows.place[i]);
   const float norm = exact_sqrt(rank_detail::dot_of_eight<kDim>(x));
   const float factor = norm > 0.0f ? exact_div(1.0f, norm) : 0.0f;
 #pragma unroll

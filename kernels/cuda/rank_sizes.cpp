@@ -21,18 +21,38 @@ Format resolve(const ModelGeometry& geometry, Format format) {
   return geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
 }
 
-// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes.
-uint32_t lowering_slots(const ModelGeometry& geometry, Format target) {
+uint32_t slots_of(const ModelGeometry& geometry, Format format) {
+  return page_layout(format, geometry.head_dim).slots;
+}
+
+bool writes_any_blocks(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) any = any || writes_blocks(policy.rules[i]);
+  return any;
+}
+
+// The most slots a page has from which tokens can go to `target` by a rule: only to fewer bytes, or
+// into a block from anywhere, sparse blocks too.
+uint32_t lowering_slots(const ModelGeometry& geometry, const PolicyParams& policy, Format target) {
+  if (is_block(target)) return kSlotsPerPageMax;
+  const uint32_t formats = writes_any_blocks(policy) ? kAllFormatCount : kFormatCount;
   const auto payload = [&](Format format) {
     return page_layout(format, geometry.head_dim).slot_payload_bytes();
   };
   uint32_t most = 0;
-  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+  for (uint32_t raw = 1; raw < formats; ++raw) {
     const Format other = resolve(geometry, static_cast<Format>(raw));
     if (payload(other) <= payload(target)) continue;
     most = std::max(most, page_layout(other, geometry.head_dim).slots);
   }
   return most;
+}
+
+// Pages for that many tokens: whole blocks only, in the smaller ones where a layer has no partner.
+uint64_t pages_of_recoding(const ModelGeometry& geometry, Format target, uint64_t tokens) {
+  const uint64_t slots = slots_of(geometry, target);
+  if (!is_block(target)) return (tokens + slots - 1) / slots;
+  return tokens / std::min<uint64_t>(slots, slots_of(geometry, single_of(target)));
 }
 
 // The rule keeps a lane's protected tokens and the best of the others up to a budget that is the
@@ -72,7 +92,8 @@ uint64_t recoded_at_most(const ModelGeometry& geometry, const PolicyParams& poli
                          const RankRule& rule, const policy::Moment& moment, const RankedLane& lane,
                          uint64_t live) {
   if (rule.select == RankSelect::kThreshold && !policy::fires_for_prompt(rule, moment)) return 1;
-  if (!has_own_budget(rule)) return live;
+  // Evictions by position, of which nothing is known here, make any number of blocks sparse.
+  if (writes_blocks(rule) || !has_own_budget(rule)) return live;
   const uint32_t last = last_firing(policy, rule, moment, lane);
   if (last == kNever) return live;
   const uint64_t since = moment.generated - last + kBuffered;
@@ -97,11 +118,11 @@ uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
     if (rule.action == RankAction::kRecode) {
       const Format target = resolve(geometry, rule.recode_format);
       // A flush of this step may bring 16 tokens more than the pages held.
-      const uint64_t held = uint64_t{lane.pages_max} * lowering_slots(geometry, target) + kBuffered;
+      const uint64_t held =
+          uint64_t{lane.pages_max} * lowering_slots(geometry, policy, target) + kBuffered;
       const uint64_t tokens =
           recoded_at_most(geometry, policy, rule, moment, lane, std::min(live, held));
-      const uint32_t slots = page_layout(target, geometry.head_dim).slots;
-      pages += (tokens + slots - 1) / slots;
+      pages += pages_of_recoding(geometry, target, tokens);
     } else if (has_own_budget(rule) && rule.layer_first == 0 && rule.layer_end == 0) {
       const bool prompt_stays = rule.counts == BudgetCount::kGenerated;
       const uint64_t kept = kept_at_most(geometry, rule, lane.budget);

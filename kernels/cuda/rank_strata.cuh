@@ -196,7 +196,7 @@ template <int kDim>
     strata_detail::choose_strata(layer, lane, budget.limit, n);
     recode_dropped(layer, rule, n);
     // What is marked stays in its slot, so the heads still to come read the same marks.
-    apply_fates<kDim>(layer, rule, lane, n);
+    apply_fates<kDim>(layer, rule, lane, layer.first_lane + h, n);
   }
   for (uint32_t h = 0; h < layer.heads; ++h) strata_detail::clear_marks(layer.lane(h));
   return reached;

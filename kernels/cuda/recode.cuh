@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/codec.cuh"
+#include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/lane_write.cuh"
+#include "kernels/cuda/out_of_line.cuh"
 
 namespace thinkv::cuda {
 
@@ -16,9 +17,13 @@ struct RecodeShared {
   SlotPlace places[kSlotsPerPageMax];
 };
 
-// Codes and scales of a token.
+// Codes and scales of a token, of a block its share (PageLayout::slot_payload_bytes).
 template <int kDim>
 [[nodiscard]] __device__ __forceinline__ uint32_t payload_bytes(Format format) {
+  if (is_block(format)) {
+    const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
+    return shape.position_offset / shape.slots;
+  }
   const VectorCoding k = coding_of<true>(format), v = coding_of<false>(format);
   return kDim * (k.bits + v.bits) / 8 + k.scale_bytes(kDim) + v.scale_bytes(kDim);
 }
@@ -40,9 +45,8 @@ __device__ __forceinline__ void list_tokens(const LaneView& lane, DeviceDescript
 
 // A token for each eight threads at a time, from the page `from` to its place.
 template <int kDim>
-__device__ void move_tokens(const RecodeShared& shared, unsigned char* from, Format old_format,
-                            Format format, uint32_t count) {
-  const SlotShape old_shape = slot_shape(kDim, static_cast<uint32_t>(old_format));
+__device__ THINKV_OUT_OF_LINE void move_tokens(const RecodeShared& shared, unsigned char* from,
+                                               Format old_format, Format format, uint32_t count) {
   const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(format));
   for (uint32_t base = 0; base < count; base += blockDim.x / 8) {
     const uint32_t token = base + threadIdx.x / 8;
@@ -51,15 +55,11 @@ __device__ void move_tokens(const RecodeShared& shared, unsigned char* from, For
     const SlotPlace place = listed ? shared.places[token] : SlotPlace{nullptr, 0};
     const bool active = place.page != nullptr;
     float x[kDim / 8];
-    decode_vector<kDim, true>(
-        x, old_format,
-        vector_place<kDim, true>(from, old_shape, coding_of<true>(old_format), source));
+    decode_token<kDim, true>(x, from, old_format, source);
     encode_vector<kDim, true>(
         x, format, vector_place<kDim, true>(place.page, shape, coding_of<true>(format), place.slot),
         active);
-    decode_vector<kDim, false>(
-        x, old_format,
-        vector_place<kDim, false>(from, old_shape, coding_of<false>(old_format), source));
+    decode_token<kDim, false>(x, from, old_format, source);
     encode_vector<kDim, false>(
         x, format,
         vector_place<kDim, false>(place.page, shape, coding_of<false>(format), place.slot), active);

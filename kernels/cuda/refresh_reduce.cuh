@@ -93,7 +93,7 @@ __device__ inline void decode_keys(const LaneView& lane, const uint32_t* place, 
     float x[kDim / 8] = {};
     const DeviceDescriptor* d = descriptor_at(lane, place[i] >> 6);
     unsigned char* page = d == nullptr ? nullptr : page_at(*lane.batch, d->page);
-    if (page != nullptr) {
+    if (page != nullptr && format_valid(d->format)) {  // this policy writes no blocks
       const auto format = static_cast<Format>(d->format);
       const SlotShape shape = slot_shape(kDim, d->format);
       decode_vector<kDim, true>(

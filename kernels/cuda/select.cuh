@@ -173,7 +173,7 @@ __device__ inline void drop_rows(const LaneView& lane, const RowSpace& rows, uin
     if (d == nullptr) continue;
     // The bit is set, so taking its value away clears it and touches no other.
     add_64(&d->live, ~(uint64_t{1} << (rows.place[i] & 63u)) + 1);
-    atomicAdd(&counts->freed[d->format], 1u);
+    if (d->format < kFormatCount) atomicAdd(&counts->freed[d->format], 1u);
   }
   __syncthreads();
   if (threadIdx.x < kFormatCount && counts->freed[threadIdx.x] != 0) {

@@ -1,9 +1,9 @@
 // sequence_copy.cu: a copy of a sequence that shares nothing with it: what beams that part and
 // samples of one prompt go on from.
 //
-// The copy's pages hold the same bytes as the source's, except for the page ids in them. Three
-// launches: the pages that lead to the lanes, a block a lane, and the magic last, so that nothing
-// follows a copy that is not whole.
+// The copy's pages hold the same bytes as the source's, except for the page ids in them. Four
+// launches: the pages that lead to the lanes, a block a lane, what two lanes share, and the magic
+// last, so that nothing follows a copy that is not whole.
 #include "kernels/cuda/lane.cuh"
 
 namespace thinkv::cuda {
@@ -83,9 +83,36 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t i = 0; i < old_lane.lane->pages; ++i) {
     const DeviceDescriptor* old = descriptor_at(old_lane, i);
     DeviceDescriptor* d = descriptor_at(lane, i);
-    if (old == nullptr || d == nullptr) continue;
+    if (old == nullptr || d == nullptr || !owns_page(old)) continue;
     const uint32_t made = clone_page(view, old->page, &id);
     if (threadIdx.x == 0) d->page = made;
+  }
+}
+
+// Pages that two layers share were copied by the second layer's lane; the first's, of blockIdx.x,
+// gets their new ids. The copy's tables are in the source's order.
+__global__ void __launch_bounds__(kThreads)
+    copy_pairs_kernel(const __grid_constant__ BatchView view, uint32_t from, uint32_t root) {
+  DeviceSequence* source = sequence_at(view, from);
+  auto* sequence = reinterpret_cast<DeviceSequence*>(page_at(view, root));
+  const uint32_t partner = blockIdx.x + view.geometry.kv_heads;
+  if (source == nullptr || sequence == nullptr || partner >= view.geometry.lanes()) return;
+  const LaneView lane = lane_view(view, sequence, blockIdx.x);
+  const LaneView old_owner = lane_view(view, source, partner);
+  const LaneView owner = lane_view(view, sequence, partner);
+  if (lane.lane == nullptr || old_owner.lane == nullptr || owner.lane == nullptr) return;
+  for (uint32_t i = threadIdx.x; i < lane.lane->pages; i += kThreads) {
+    DeviceDescriptor* d = descriptor_at(lane, i);
+    if (d == nullptr || owns_page(d)) continue;
+    uint32_t made = PageId::kNoneRaw;
+    for (uint32_t j = 0; j < old_owner.lane->pages && made == PageId::kNoneRaw; ++j) {
+      const DeviceDescriptor* old = descriptor_at(old_owner, j);
+      if (old == nullptr || old->page != d->page) continue;
+      const DeviceDescriptor* copied = descriptor_at(owner, j);
+      if (copied != nullptr) made = copied->page;
+    }
+    if (made == PageId::kNoneRaw) raise_fault(view.lease, kBadMetadata);
+    d->page = made;
   }
 }
 
@@ -104,6 +131,9 @@ cudaError_t launch_copy(const BatchView& view, uint32_t from, uint32_t root, cud
       launch(copy_root_kernel, {.blocks = 1, .threads = kThreads}, stream, view, from, root);
   if (error != cudaSuccess) return error;
   error = launch(copy_lanes_kernel, {.blocks = view.geometry.lanes(), .threads = kThreads}, stream,
+                 view, from, root);
+  if (error != cudaSuccess) return error;
+  error = launch(copy_pairs_kernel, {.blocks = view.geometry.lanes(), .threads = kThreads}, stream,
                  view, from, root);
   if (error != cudaSuccess) return error;
   return launch(copy_end_kernel, {.blocks = 1, .threads = 1}, stream, view, from, root);

@@ -205,7 +205,7 @@ template <int kDim, uint32_t kWidth>
   if (table == nullptr) return entry;
   const ListedPage d = read_listed(table + i % kPerTable);
   const unsigned char* page = page_at(view, d.page);
-  if (page != nullptr && format_valid(static_cast<uint8_t>(d.format))) {
+  if (page != nullptr && page_format_valid(static_cast<uint8_t>(d.format))) {
     entry.page.live = d.live & low_slots(slot_shape(kDim, d.format).slots);
     entry.page.tagged = reinterpret_cast<uint64_t>(page) | d.format;
     entry.format = d.format;

@@ -161,7 +161,7 @@ __global__ void close_lanes_kernel(const __grid_constant__ BatchView view, uint3
   const uint32_t thread = threadIdx.x % 32;
   for (uint32_t i = thread; i < lane.lane->pages; i += 32) {
     const DeviceDescriptor* d = descriptor_at(lane, i);
-    if (d != nullptr) give_if_good(view, d->page);
+    if (d != nullptr && owns_page(d)) give_if_good(view, d->page);
   }
   for (uint32_t i = thread; i < lane.lane->table_pages; i += 32) {
     give_if_good(view, lane.lane->table[i]);

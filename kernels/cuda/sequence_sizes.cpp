@@ -19,8 +19,10 @@ uint32_t divide_up(uint64_t a, uint64_t b) {
 }
 
 Format resolve(const ModelGeometry& geometry, Format format) {
+  const bool bf16 = geometry.value_type == ValueType::kBf16;
+  if (is_think(format)) return bf16 ? Format::kThinkBf16 : Format::kThink;
   if (!is_16bit(format)) return format;
-  return geometry.value_type == ValueType::kBf16 ? Format::kBf16 : Format::kF16;
+  return bf16 ? Format::kBf16 : Format::kF16;
 }
 
 uint32_t slots_of(const ModelGeometry& geometry, Format format) {
@@ -44,6 +46,17 @@ uint32_t sinks_among(const ModelGeometry& geometry, const PolicyParams& policy, 
 
 uint32_t per_table(const ModelGeometry& geometry, const PolicyParams& policy) {
   return descriptors_per_page(geometry.head_dim, score_bytes(policy));
+}
+
+bool writes_any_blocks(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count; ++i) any = any || writes_blocks(policy.rules[i]);
+  return any;
+}
+
+// The formats that pages of the policy's lanes can have are below it.
+uint32_t formats_end(const PolicyParams& policy) {
+  return writes_any_blocks(policy) ? kAllFormatCount : kFormatCount;
 }
 
 // Tables that a lane can grow by where it gets `more` pages.
@@ -130,7 +143,7 @@ uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                       uint32_t lane_pages_max, Format format) {
   const Format target = resolve(geometry, format);
   uint32_t most_slots = 0;  // of a page that is not yet in the format
-  for (uint32_t raw = 1; raw < kFormatCount; ++raw) {
+  for (uint32_t raw = 1; raw < formats_end(policy); ++raw) {
     const Format other = resolve(geometry, static_cast<Format>(raw));
     if (other != target) most_slots = std::max(most_slots, slots_of(geometry, other));
   }
@@ -157,7 +170,8 @@ uint32_t most_slots(const ModelGeometry& geometry, const PolicyParams& policy) {
   }
   for (uint32_t i = 0; i < policy.rule_count; ++i) {
     if (policy.rules[i].action != RankAction::kRecode) continue;
-    slots = std::max(slots, slots_of(geometry, policy.rules[i].recode_format));
+    const Format format = policy.rules[i].recode_format;
+    slots = std::max({slots, slots_of(geometry, format), slots_of(geometry, single_of(format))});
   }
   return slots;
 }
@@ -218,9 +232,6 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
   THINKV_TRY(validate(geometry));
   if (!policy_params_valid(policy)) {
     return make_error(kInvalidArgument, "the policy's parameters contradict each other");
-  }
-  if (const char* const reason = block_format_refusal(policy)) {
-    return make_error(kUnsupported, reason);
   }
   if (policy.evict == EvictRule::kRank) {
     if (const char* const reason = rank_unsupported(policy)) {

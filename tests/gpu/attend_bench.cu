@@ -202,6 +202,7 @@ struct Bench {
             .q_element = cuda::Element::kBf16,
             .out_element = cuda::Element::kBf16,
             .rotate = c.rotate,
+            .blocks = std::any_of(c.formats.begin(), c.formats.end(), is_block),
             .emit = c.emit != 0 ? emit.data : nullptr,
             .score_rows = score_rows->data,
             .sparsity = sparsity.data,
@@ -259,7 +260,7 @@ std::vector<Case> goal_cases() {
 
 std::vector<Case> other_cases() {
   std::vector<Case> cases;
-  for (uint32_t f = 1; f < kFormatCount; ++f) {
+  for (uint32_t f = 1; f < kAllFormatCount; ++f) {
     const std::vector<Format> one = {static_cast<Format>(f)};
     for (const uint32_t batch : {32u, 8u}) cases.push_back({32, 8, 128, batch, 4096, one});
     cases.push_back({64, 8, 64, 64, 4096, one});
@@ -280,10 +281,10 @@ void print_resources() {
       cudaFuncAttributes a{};
       CUDA_OK(cudaFuncGetAttributes(&a, kernel.function));
       std::printf(
-          "{\"head_dim\": %u, \"heads\": %u, \"warps\": %u, \"stages\": %u, \"extra\": %s, "
+          "{\"head_dim\": %u, \"heads\": %u, \"warps\": %u, \"stages\": %u, \"variant\": \"%s\", "
           "\"registers\": %d, \"local_bytes\": %zu, \"static_shared_bytes\": %zu}\n",
-          kernel.head_dim, kernel.heads, kernel.warps, kernel.stages,
-          kernel.extra ? "true" : "false", a.numRegs, a.localSizeBytes, a.sharedSizeBytes);
+          kernel.head_dim, kernel.heads, kernel.warps, kernel.stages, kernel.variant, a.numRegs,
+          a.localSizeBytes, a.sharedSizeBytes);
     });
   }
 }

@@ -39,6 +39,11 @@ struct AttendCase {
   [[nodiscard]] bool has(Format format) const {
     return std::find(formats.begin(), formats.end(), format) != formats.end();
   }
+  [[nodiscard]] bool has_blocks() const {
+    return std::any_of(formats.begin(), formats.end(), is_block);
+  }
+  // bf16 keys: q is rounded to 8 bits for them.
+  [[nodiscard]] bool has_bf16() const { return has(Format::kBf16) || has(Format::kThinkBf16); }
   [[nodiscard]] std::string describe() const {
     std::string text =
         "head_dim " + std::to_string(head_dim) + " group " + std::to_string(group) + " formats";
@@ -158,6 +163,7 @@ AttendOutput run_case(const AttendCase& c, const AttendInput& in, const Finish& 
                              .q_element = c.q_element,
                              .out_element = c.out_element,
                              .rotate = c.rotate,
+                             .blocks = c.has_blocks(),
                              .window = c.window,
                              .sinks = c.sinks,
                              .query_position = query_position.data,
@@ -257,13 +263,13 @@ struct Worst {
 };
 
 // Bounds: 1e-3 rms(V) + 2/128 |o|, cosine distance 5e-6, log-sum-exp 1e-4 where q is exact in the
-// kernel (not rotated, and fp16 or smaller); where the kernel rounds q, what that costs: 2^-11 of
-// a logit's standard deviation, or 2^-8 where the page is bf16.
+// kernel (not rotated, and fp16 or smaller); where the kernel rounds q, or the keys of blocks, what
+// that costs: 2^-11 of a logit's standard deviation, or 2^-8 where the page is bf16.
 struct Bounds {
   explicit Bounds(const AttendCase& c) {
     const bool exact = !c.rotate && c.q_element != Element::kF32 &&
-                       (c.q_element == Element::kBf16 || !c.has(Format::kBf16));
-    const bool bf16 = c.has(Format::kBf16);
+                       (c.q_element == Element::kBf16 || !c.has_bf16()) && !c.has_blocks();
+    const bool bf16 = c.has_bf16();
     value = exact ? 1.0 : bf16 ? 6.0 : 2.0;
     cosine = (exact && !bf16 ? 5e-6
               : bf16         ? 1e-4

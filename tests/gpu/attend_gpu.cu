@@ -20,9 +20,10 @@ namespace {
 
 std::vector<std::vector<Format>> format_sets() {
   std::vector<std::vector<Format>> sets;
-  for (uint32_t f = 1; f < kFormatCount; ++f) sets.push_back({static_cast<Format>(f)});
+  for (uint32_t f = 1; f < kAllFormatCount; ++f) sets.push_back({static_cast<Format>(f)});
   sets.push_back({Format::kF16, Format::kK4V4, Format::kK4V2, Format::kK2V2, Format::kK8V4});
   sets.push_back({Format::kBf16, Format::kK4V4, Format::kNvfp4, Format::kTernary, Format::kK8V8});
+  sets.push_back({Format::kF16, Format::kKivi4, Format::kK4V4, Format::kPair2, Format::kThink});
   return sets;
 }
 

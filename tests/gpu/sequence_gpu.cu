@@ -3,6 +3,7 @@
 //   check   the same tokens on both sides, compared after every step (tests/support/device_twin.h)
 //   small   a short check, for compute-sanitizer; tiny: a shorter one
 //   rank    the shipped rank policies and 100 rules drawn by chance (THINKV_SEED)
+//   blocks  the same of policies that recode to blocks of tokens
 //   bench   microseconds of begin, append, flush and prefill; one line each
 //   bench-rank  microseconds of the end of a step with thinkv-ladder: where its rules fire, where
 //               not, and where they fire first, for the whole prompt
@@ -91,23 +92,36 @@ int check(bool small, uint32_t cases_max) {
 
 // Rank policies, as shipped and drawn by chance. All of them run, so that one failure does not hide
 // the others.
-int check_rank() {
-  uint32_t failed = 0;
-  testing::RankTally tally;
-  const auto judge = [&](const std::string& what, const std::string& wrong) {
+class Judge {
+ public:
+  void operator()(const std::string& what, const std::string& wrong) {
     if (wrong.empty()) return;
     std::printf("%s: %s\n", what.c_str(), wrong.substr(0, 600).c_str());
-    ++failed;
-  };
+    ++failed_;
+  }
+  // Calls run(policy, head_dim) for a shipped policy in every width.
+  template <class Run>
+  void widths(const char* name, uint32_t budget, const Run& run) {
+    const auto policy = testing::shipped_params(name, budget);
+    if (!policy) return (*this)(name, "the policy cannot be read (THINKV_SOURCE_DIR)");
+    for (const uint32_t dim : kHeadDims) (*this)(name, run(*policy, dim));
+  }
+  [[nodiscard]] int exit_code() const {
+    std::printf("%u failed\n", failed_);
+    return failed_ == 0 ? 0 : 1;
+  }
+
+ private:
+  uint32_t failed_ = 0;
+};
+
+int check_rank() {
+  Judge judge;
+  testing::RankTally tally;
   for (const char* name : testing::kRankPolicies) {
-    const auto policy = testing::shipped_params(name, 64);
-    if (!policy) {
-      judge(name, "the policy cannot be read (THINKV_SOURCE_DIR)");
-      continue;
-    }
-    for (const uint32_t dim : kHeadDims) {
-      judge(name, testing::run_rank_policy(*policy, dim, tally));
-    }
+    judge.widths(name, 64, [&](const PolicyParams& policy, uint32_t dim) {
+      return testing::run_rank_policy(policy, dim, tally);
+    });
   }
   for (const char* name : {"h2o", "thinkv-ladder", "fastgen", "dbudgetkv", "kvcrush"}) {
     const auto policy = testing::shipped_params(name, 300);
@@ -120,8 +134,28 @@ int check_rank() {
     judge("seed " + std::to_string(seed + i), testing::run_drawn_rules(seed + i, tally));
   }
   tally.print("rank rules");
-  std::printf("%u failed\n", failed);
-  return failed == 0 ? 0 : 1;
+  return judge.exit_code();
+}
+
+int check_blocks() {
+  Judge judge;
+  testing::RankTally tally;
+  for (const char* name : testing::kBlockPolicies) {
+    judge.widths(name, 24, [&](const PolicyParams& policy, uint32_t dim) {
+      ModelGeometry geometry = geometry_of(5, 2, dim);
+      if (dim == 128) geometry.value_type = ValueType::kBf16;
+      return testing::run_block_policy(policy, geometry, tally);
+    });
+    judge.widths(name, 24, [&](const PolicyParams& policy, uint32_t) {
+      return testing::run_long_prompt(policy, cuda::kRankRowsFew + 200, 64, 4);
+    });
+  }
+  const uint64_t seed = testing::seed_from_environment(20260107);
+  for (uint64_t i = 0; i < 60; ++i) {
+    judge("seed " + std::to_string(seed + i), testing::run_drawn_rules(seed + i, tally, true));
+  }
+  tally.print("rules with blocks");
+  return judge.exit_code();
 }
 
 int run(int argc, char** argv) {
@@ -130,6 +164,7 @@ int run(int argc, char** argv) {
   if (std::strcmp(mode, "small") == 0) return check(true, ~0u);
   if (std::strcmp(mode, "tiny") == 0) return check(true, 3);
   if (std::strcmp(mode, "rank") == 0) return check_rank();
+  if (std::strcmp(mode, "blocks") == 0) return check_blocks();
   if (std::strcmp(mode, "bench-rank") == 0) {
     bench_rank(32, 32, 1200);
     bench_rank(1, 32, 32768);

@@ -162,6 +162,11 @@ class SameAsHost(CudaCase):
     def test_the_papers_formats(self):
         self.compare("nvfp4-only", [20], 20)
 
+    def test_blocks_of_tokens(self):
+        for policy in ("kivi", "think", "xquant"):
+            with self.subTest(policy):
+                self.compare(policy, [0, 210], 66)
+
 
 class Errors(CudaCase):
     pool = "8MiB"

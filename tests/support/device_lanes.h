@@ -164,24 +164,30 @@ class DeviceReader {
     metadata_pages += header_->lane_pages + header_->segment_pages + 1;
     for (uint32_t index = 0; index < lanes; ++index) {
       const cuda::DeviceLane& l = lane(index);
-      uint32_t free_slots[kFormatCount] = {}, live = l.buffer_count;
+      uint32_t free_slots[kFormatCount] = {}, live = l.buffer_count, owned_pages = 2;
       for (uint32_t i = 0; i < l.table_pages; ++i) own(l.table[i]);
       for (const uint32_t raw : l.buffer_page) own(raw);
       for (uint32_t i = 0; i < l.pages; ++i) {
         const cuda::DeviceDescriptor& d = descriptor(l, i);
-        own(d.page);
+        const auto format = static_cast<Format>(d.format);
+        if (is_pair(format)) {
+          check_pair(index, d, wrong);
+        } else {
+          own(d.page);
+          ++owned_pages;
+        }
         const auto in_page = static_cast<uint32_t>(std::popcount(d.live));
-        const uint32_t slots = page_layout(static_cast<Format>(d.format), dim_).slots;
+        const uint32_t slots = page_layout(format, dim_).slots;
         expect(in_page > 0, "an empty page was kept");
         expect(d.filled <= slots && std::bit_width(d.live) <= d.filled, "live beyond filled");
-        free_slots[d.format] += slots - in_page;
+        if (!is_block(format)) free_slots[d.format] += slots - in_page;
         live += in_page;
       }
       expect(std::memcmp(free_slots, l.free_slots, sizeof free_slots) == 0, "free_slots");
       expect(l.live == live && l.live_prompt <= live, "live");
       expect(l.pending == 0, "a page was left aside");
       expect(l.table_pages == std::max((l.pages + per_table() - 1) / per_table(), 1u), "tables");
-      data_pages += l.pages + 2;
+      data_pages += owned_pages;
       metadata_pages += l.table_pages;
     }
     expect(header_->data_pages == data_pages, "data_pages");
@@ -189,6 +195,16 @@ class DeviceReader {
   }
 
  private:
+  // The next layer's lane of the same head has the page of a pair too, with the same tokens live.
+  void check_pair(uint32_t index, const cuda::DeviceDescriptor& first, std::string& wrong) const {
+    const uint32_t partner = index + pool_->options().geometry.kv_heads;
+    uint32_t found = 0;
+    for (uint32_t i = 0; i < lane(partner).pages; ++i) {
+      const cuda::DeviceDescriptor& d = descriptor(lane(partner), i);
+      if (d.page == first.page && d.live == first.live && d.format == first.format + 1) ++found;
+    }
+    if (found != 1) wrong += "a pair's page is not in both lanes; ";
+  }
   [[nodiscard]] uint32_t per_table() const {
     return cuda::descriptors_per_page(dim_, header_->score_bytes);
   }

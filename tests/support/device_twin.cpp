@@ -297,6 +297,27 @@ void TwinBatch::compare_numbers(const Twin& t) {
   }
 }
 
+void TwinBatch::copy(uint32_t row) {
+  const Twin& t = *twins_[row];
+  const DeviceReader source(pool_, t.root);
+  const uint32_t pages = source.header().data_pages + source.header().metadata_pages - 1;
+  const uint32_t root = pool_.take();
+  pool_.supply(pages);
+  run(cuda::launch_copy(pool_.view(), t.root, root, nullptr));
+  expect(pool_.lease().count == 0, "a copy takes what the sequence holds");
+  const DeviceReader made(pool_, root);
+  std::set<uint32_t> owned;
+  std::string wrong;
+  source.check(owned, wrong);
+  made.check(owned, wrong);
+  for (uint32_t lane = 0; lane < options_.geometry.lanes(); ++lane) {
+    expect(made.tokens(lane, wrong) == source.tokens(lane, wrong), "a copy differs");
+  }
+  expect(wrong.empty(), "a copy: " + wrong);
+  run(cuda::launch_close(pool_.view(), root, nullptr));
+  expect(pool_.lease().count == pages + 1, "a closed copy gives all back");
+}
+
 void TwinBatch::compare() {
   std::set<uint32_t> owned;
   for (const auto& t : twins_) {

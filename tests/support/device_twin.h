@@ -219,6 +219,9 @@ class TwinBatch {
     twins_[row].reset();
   }
 
+  // A copy of the sequence on the device has its tokens, and no page of it; then it is closed.
+  void copy(uint32_t row);
+
   // Everything that both sides have, compared.
   void compare();
 

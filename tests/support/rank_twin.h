@@ -31,6 +31,9 @@ inline std::optional<PolicyParams> shipped_params(const std::string& name, uint3
   return params;
 }
 
+// Those that recode to blocks of tokens; run_block_policy() is theirs.
+inline constexpr const char* kBlockPolicies[] = {"kivi", "think", "xquant"};
+
 inline constexpr uint32_t kEvictedByHand = 7 * 3 * 2;  // of run_rank_policy(), beside the rules
 
 // What rules did, so that a test of nothing shows.
@@ -88,12 +91,53 @@ inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, Ran
   return wrong.empty() ? compared(batch, "closed") : wrong;
 }
 
+inline std::vector<uint32_t> positions_from(uint32_t first, uint32_t end) {
+  std::vector<uint32_t> all;
+  for (uint32_t i = first; i < end; ++i) all.push_back(i);
+  return all;
+}
+
+// As run_rank_policy(), of six layers, and with what is asked of blocks between steps: tokens die
+// one by one and a block whole, some leave blocks for slots, and the sequence is copied.
+inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry geometry,
+                                    RankTally& tally) {
+  TwinBatch batch(
+      {.geometry = geometry, .capacity = 2, .extent_pages = 2048, .plant_scores = true});
+  batch.open(1, policy);
+  batch.prefill(1, 200);
+  std::string wrong = compared(batch, "the prompt");
+  batch.open(0, policy);
+  if (wrong.empty()) wrong = compared_steps(batch, 70);
+  batch.copy(1);
+  // Just half of the second block, which makes it sparse.
+  const Format format = policy.rules[policy.rule_count - 1].recode_format;
+  const uint32_t slots = page_layout(format, geometry.head_dim).slots;
+  batch.evict(1, positions_from(slots, slots + slots / 2));
+  if (wrong.empty()) wrong = compared_steps(batch, 33);
+  batch.evict(1, {1, 2, 3, 70, 110, 111, 112});
+  batch.evict(1, positions_from(100, 140));
+  if (wrong.empty()) wrong = compared(batch, "after an eviction");
+  if (wrong.empty()) wrong = compared_steps(batch, 33);
+  batch.recode(1, 40, 60, Format::kK2V2);
+  if (wrong.empty()) wrong = compared(batch, "out of blocks");
+  batch.copy(1);
+  if (wrong.empty()) wrong = compared_steps(batch, 40);
+  batch.trim(1, 90);
+  if (wrong.empty()) wrong = compared(batch, "trimmed");
+  if (wrong.empty()) wrong = compared_steps(batch, 20);
+  tally.add(batch.twin(1)->host->stats());
+  batch.close(0);
+  batch.close(1);
+  return wrong.empty() ? compared(batch, "closed") : wrong;
+}
+
 // A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
 // wait for the first steps have fired.
-inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64) {
-  TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
+inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64,
+                                   uint32_t layers = 1) {
+  TwinBatch batch({.geometry = {.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
                    .capacity = 1,
-                   .extent_pages = 1024 + tokens / 8,
+                   .extent_pages = 1024 * layers + tokens / 8,
                    .rank_tokens = tokens + 128,
                    .plant_scores = true});
   batch.open(0, policy);
@@ -101,8 +145,9 @@ inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, 
   std::string wrong = compared(batch, "the prompt");
   for (uint32_t i = 0; i < policy.score_window + 2u; ++i) batch.step();
   if (wrong.empty()) wrong = compared(batch, "the first window");
-  const uint64_t evicted = batch.twin(0)->host->stats().evicted_slots;
-  if (wrong.empty() && evicted == 0) wrong = "the rules did nothing";
+  const kernels::SequenceStats stats = batch.twin(0)->host->stats();
+  if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0)
+    wrong = "the rules did nothing";
   return wrong;
 }
 
@@ -110,7 +155,7 @@ inline Format any_format(TwinBatch& batch) {
   return static_cast<Format>(1 + batch.below(kFormatCount - 1));
 }
 
-inline PolicyParams draw_rank_policy(TwinBatch& batch) {
+inline PolicyParams draw_rank_policy(TwinBatch& batch, bool blocks) {
   PolicyParams p;
   do {
     p = PolicyParams{};
@@ -121,27 +166,31 @@ inline PolicyParams draw_rank_policy(TwinBatch& batch) {
     p.rotate = static_cast<uint8_t>(batch.below(2));
     p.sink_tokens = batch.below(3) * batch.below(12);
     p.score_decay = batch.below(4) == 0 ? 1.0f : 0.9f;
-    draw_rules(p, batch.random());
+    draw_rules(p, batch.random(), blocks);
   } while (cuda::rank_unsupported(p) != nullptr);
   return p;
 }
 
-// A policy, a prompt, a recoding and 64 steps that the seed decides.
-inline std::string run_drawn_rules(uint64_t seed, RankTally& tally) {
+// A policy, a prompt, a recoding and 64 steps that the seed decides. `blocks`: the last rule
+// recodes to them, and tokens are evicted instead.
+inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks = false) {
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
-  TwinBatch batch({.geometry = {.layers = 2,
+  const ValueType type = blocks && seed % 7 < 3 ? ValueType::kBf16 : ValueType::kFp16;
+  TwinBatch batch({.geometry = {.layers = blocks ? 3u : 2u,
                                 .q_heads = 6,
                                 .kv_heads = 1 + static_cast<uint32_t>(seed % 3),
-                                .head_dim = dim},
+                                .head_dim = dim,
+                                .value_type = type},
                    .element = static_cast<cuda::Element>(seed / 3 % 3),
                    .capacity = 2,
                    .extent_pages = 1024,
                    .seed = seed,
                    .plant_scores = true});
-  batch.open(1, draw_rank_policy(batch));
+  batch.open(1, draw_rank_policy(batch, blocks));
   if (batch.below(4) != 0) batch.prefill(1, 1 + batch.below(140));
   std::string wrong = compared(batch, "the prompt");
   if (wrong.empty()) wrong = compared_steps(batch, 40);
+  if (blocks) batch.evict(1, positions_from(batch.below(20), 20 + batch.below(20)));
   if (wrong.empty() && batch.below(2) == 0) {
     batch.recode(1, batch.below(20), 20 + batch.below(20), any_format(batch));
     wrong = compared(batch, "after a recoding");

@@ -25,6 +25,7 @@ struct World {
   uint64_t rank_tokens = 0;    // of lanes that rank rules see
   uint32_t waits = 0;
   uint32_t centred_lses = 0;
+  bool reads_blocks = false;  // of the last attend
 };
 World world;  // NOLINT: kernels are plain functions
 
@@ -64,7 +65,11 @@ const KernelTable kIdleKernels = {
           ++world.steps;
           return 0;
         },
-    .attend = [](const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle) { return 0; },
+    .attend =
+        [](const cuda::AttendParams& p, const cuda::AttendShape&, StreamHandle) {
+          world.reads_blocks = p.blocks;
+          return 0;
+        },
     .centred_lse =
         [](const BatchView&, uint32_t, const void*, Element, float*, StreamHandle) {
           ++world.centred_lses;
@@ -137,17 +142,23 @@ class ReserveBehind : public test::CudaFixture {
     CudaFixture::TearDown();
   }
 
-  void open(uint32_t tokens_max, bool centred = false) {
+  void open(uint32_t tokens_max, bool centred = false, bool blocks = false) {
     Result<std::unique_ptr<GpuBatch>> batch =
         GpuBatch::open(*engine_, {.capacity = 1, .tokens_max = tokens_max});
     ASSERT_TRUE(batch) << batch.error().what;
     batch_ = std::move(*batch);
-    sequence_ = sequence_of(centred);
+    sequence_ = sequence_of(centred, blocks);
     ASSERT_TRUE(batch_->set(0, sequence_.get()));
   }
-  std::unique_ptr<GpuSequence> sequence_of(bool centred) {
+  std::unique_ptr<GpuSequence> sequence_of(bool centred, bool blocks = false) {
     PolicyParams policy = testing::plain_policy(Format::kK4V4);
     policy.centre = centred ? 1 : 0;
+    if (blocks) {
+      policy.evict = EvictRule::kRank;
+      policy.rule_count = 1;
+      policy.rules[0].action = RankAction::kRecode;
+      policy.rules[0].recode_format = Format::kKivi2;
+    }
     Result<std::unique_ptr<GpuSequence>> sequence = GpuSequence::open(*engine_, policy, {});
     EXPECT_TRUE(sequence) << sequence.error().what;
     return sequence ? std::move(*sequence) : nullptr;
@@ -231,6 +242,31 @@ TEST_F(ReserveBehind, AnLseThatKnowsNoCentredKeysIsNotHandedToThem) {
   EXPECT_EQ(world.centred_lses, 0u);
   ASSERT_TRUE(batch_->set(0, nullptr));
   sequence_ = sequence_of(true);
+  EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, ABatchThatBlocksMayComeToReadsThem) {
+  open(0);
+  ASSERT_TRUE(batch_->attend(0, {}));
+  EXPECT_FALSE(world.reads_blocks);
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = sequence_of(false, true);
+  ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  ASSERT_TRUE(batch_->attend(0, {}));
+  EXPECT_TRUE(world.reads_blocks);
+  // Others may join, and what was launched goes on reading blocks.
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = sequence_of(false);
+  ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  ASSERT_TRUE(batch_->attend(0, {}));
+  EXPECT_TRUE(world.reads_blocks);
+}
+
+TEST_F(ReserveBehind, BlocksAreRefusedByStepsThatWereLaunchedWithoutThem) {
+  open(0);
+  ASSERT_TRUE(run(1));
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = sequence_of(false, true);
   EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kInvalidArgument);
 }
 

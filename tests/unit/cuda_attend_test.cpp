@@ -82,6 +82,41 @@ TEST_P(CudaAttend, FormatsMixedInALane) {
   }
 }
 
+TEST_P(CudaAttend, EveryBlockFormatAtEveryFill) {
+  uint64_t seed = 1;
+  for (uint32_t f = kFormatCount; f < kAllFormatCount; ++f) {
+    for (const double live : {1.0, 0.5}) {
+      AttendCase c{.head_dim = GetParam(), .group = 1 + 3 * (f % 4)};
+      c.formats = {static_cast<Format>(f)};
+      c.lengths = {0, 1, 10, 17, 44, 64, 200};
+      c.live = live;
+      c.shape = small_shape(c.head_dim, 1);
+      expect_right(c, seed++);
+    }
+  }
+}
+
+// Blocks beside the pages that they are made from, and what else the kernels can be asked for.
+TEST_P(CudaAttend, BlocksAmongOtherPages) {
+  const std::vector<std::vector<Format>> mixes = {
+      {Format::kKivi4, Format::kF16, Format::kKivi2, Format::kK4V4, Format::kKivi1},
+      {Format::kPair2, Format::kF16, Format::kPair2Second, Format::kPair1, Format::kPair1Second},
+      {Format::kThink, Format::kF16, Format::kK2V2},
+      {Format::kThinkBf16, Format::kBf16, Format::kKivi2}};
+  for (uint32_t turn = 0; turn < 8; ++turn) {
+    AttendCase c{.head_dim = GetParam(), .group = 1 + 5 * (turn % 3), .kv_heads = 2};
+    c.formats = mixes[turn % 4];
+    c.lengths = {300, 70, 90, 20, 0, 260};
+    c.live = 0.8;
+    c.rotate = turn == 3;
+    c.window = turn >= 4 ? 64 : 0;
+    c.sinks = turn;
+    if (turn % 2 == 1) c.emit = cuda::kEmitScores | cuda::kEmitSparsity;
+    c.shape = small_shape(c.head_dim, 2);
+    expect_right(c, turn);
+  }
+}
+
 TEST_P(CudaAttend, GroupsAboveEight) {
   for (const uint32_t group : {9u, 16u}) {
     AttendCase c{.head_dim = GetParam(), .group = group, .formats = kMixed};

@@ -120,22 +120,32 @@ TEST(CudaLease, KeepsWhatFitsAndSaysWhatDoesNot) {
 
 // ---- sizes ----
 
-TEST(CudaSequenceSizes, FormatsOfBlocksAreRefusedByName) {
+TEST(CudaSequenceSizes, BlocksTakePagesForWholeOnesOnly) {
   PolicyParams p = plain_policy(Format::kF16);
   p.evict = EvictRule::kRank;
   p.rotate = 0;
   p.budget_tokens = 64;
   p.rule_count = 1;
-  p.rules[0].every = 32;
+  p.rules[0].at_prompt_end = 1;
+  p.rules[0].every = 24;
   p.rules[0].position = 1.0f;
   p.rules[0].action = RankAction::kRecode;
-  for (const Format format : {Format::kKivi4, Format::kKivi2, Format::kKivi1, Format::kPair2,
-                              Format::kPair1, Format::kThink}) {
-    p.rules[0].recode_format = format;
-    const Status refused = supported(geometry_of(32, 8, 128), p);
-    ASSERT_FALSE(refused.has_value());
-    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
-    EXPECT_NE(std::string(refused.error().what).find(format_info(format).name), std::string::npos);
+  const ModelGeometry g = geometry_of(3, 1, 128);
+  struct Bound {
+    Format format;
+    uint32_t slots;  // of the smallest block that a layer gets
+  };
+  for (const Bound b :
+       {Bound{Format::kKivi4, 24}, Bound{Format::kKivi2, 44}, Bound{Format::kKivi1, 64},
+        Bound{Format::kPair2, 32}, Bound{Format::kPair1, 64}, Bound{Format::kThink, 10}}) {
+    SCOPED_TRACE(format_info(b.format).name);
+    p.rules[0].recode_format = b.format;
+    EXPECT_TRUE(supported(g, p).has_value());
+    EXPECT_EQ(prefill_end_pages(g, p, 64, b.slots - 1), 0u);
+    EXPECT_EQ(prefill_end_pages(g, p, 64, 2 * b.slots - 1), g.lanes());
+    EXPECT_EQ(step_pages(g, p, {2 * b.slots, 23, 12, 64}),
+              g.lanes() * ((2 * b.slots + 24) / b.slots));
+    EXPECT_EQ(step_pages(g, p, {2 * b.slots, 24, 12, 64}), 0u);
   }
 }
 

@@ -91,6 +91,10 @@ inline constexpr std::array<FormatInfo, kAllFormatCount> kFormats = {{
 [[nodiscard]] constexpr bool is_think(Format format) {
   return format == Format::kThink || format == Format::kThinkBf16;
 }
+// Any that a page can have.
+[[nodiscard]] constexpr bool page_format_valid(uint8_t raw) {
+  return raw > 0 && raw < kAllFormatCount;
+}
 // The first layer's view of a page that two layers share. The second layer's lane owns the page.
 [[nodiscard]] constexpr bool is_pair(Format format) {
   return format == Format::kPair2 || format == Format::kPair1;

@@ -16,28 +16,6 @@ namespace thinkv {
   return ok;
 }
 
-// Why the CUDA kernels cannot run the policy; null where its formats are no reason.
-[[nodiscard]] constexpr const char* block_format_refusal(const PolicyParams& p) {
-  for (uint32_t i = 0; i < p.rule_count && i < kRulesMax; ++i) {
-    if (!writes_blocks(p.rules[i])) continue;
-    switch (p.rules[i].recode_format) {
-      case Format::kKivi4:
-        return "the policy recodes to kivi4, which only the host backend reads so far";
-      case Format::kKivi2:
-        return "the policy recodes to kivi2, which only the host backend reads so far";
-      case Format::kKivi1:
-        return "the policy recodes to kivi1, which only the host backend reads so far";
-      case Format::kPair2:
-        return "the policy recodes to pair2, which only the host backend reads so far";
-      case Format::kPair1:
-        return "the policy recodes to pair1, which only the host backend reads so far";
-      default:
-        return "the policy recodes to think, which only the host backend reads so far";
-    }
-  }
-  return nullptr;
-}
-
 // Requires nothing: any bytes may be checked.
 [[nodiscard]] constexpr bool policy_params_valid(const PolicyParams& p) {
   bool ok = p.name[kPolicyNameMax - 1] == '\0' && p.name[0] != '\0';

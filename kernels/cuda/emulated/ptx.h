@@ -105,6 +105,11 @@ inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   const float2 x = unpack_f16(a), y = unpack_f16(b);
   return pack_f16(x.x * y.x, x.y * y.y);
 }
+// Through fp32: of a sum that has more than its 24 bits the machine rounds once, this twice.
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 x = unpack_f16(a), y = unpack_f16(b), z = unpack_f16(c);
+  return pack_f16(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
 
 // Offsets into the dynamic shared memory; of anything else (barriers) a value that is not used.
 inline uint32_t shared_address(const void* pointer) {
@@ -132,6 +137,11 @@ inline uint2 load_shared_8(uint32_t address) {
 inline uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
   std::memcpy(&v, shared_pointer(address, 4), 4);
+  return v;
+}
+inline uint32_t load_shared_2(uint32_t address) {
+  uint16_t v;
+  std::memcpy(&v, shared_pointer(address, 2), 2);
   return v;
 }
 
