@@ -63,6 +63,13 @@ TEST(BlockPolicies, LongPromptsAgreeWithTheHost) {
   }
 }
 
+// Rows outside of the block of threads' own memory.
+TEST(BlockPolicies, PromptsThatNoBlockHoldsAgreeWithTheHost) {
+  for (const char* name : testing::kBlockPolicies) {
+    EXPECT_EQ(testing::run_long_prompt(policy_of(name), kRankRowsMax + 200, 64, 4), "") << name;
+  }
+}
+
 // Zeros, outliers, tiny and huge numbers and NaN: ranges of width 0, channels of equal energy.
 TEST(BlockPolicies, WildNumbersAgreeWithTheHost) {
   for (const char* name : testing::kBlockPolicies) {
