@@ -160,6 +160,8 @@ class Knobs(unittest.TestCase):
         found = self.read("# eval: knob a.0.t from 2 to 0.5\nname: p\na: [{t: 1.0}]\n")
         values = found.knob.values(100)
         self.assertEqual((values[0], values[-1]), (2.0, 0.5))
+        rough = self.read("# eval: knob a.0.t from 0.35 to 0.02\nname: p\na: [{t: 0.1}]\n")
+        self.assertTrue(all(len(str(value)) <= 9 for value in rough.knob.values(100)))
         name, text = policies.Run(found, 1.25).file()
         self.assertIn("t: 1.25", text)
         self.assertIn(f"name: {name}", text)

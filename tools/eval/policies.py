@@ -43,7 +43,8 @@ class Knob:
         if self.path == BUDGET:
             return [float(each) for each in range(BUDGET_MIN, tokens, BUDGET_STEP)] + [tokens]
         step = (self.most - self.fewest) / KNOB_STEPS
-        values = [self.fewest + step * index for index in range(KNOB_STEPS + 1)]
+        # Six digits: a policy file takes no number of seventeen.
+        values = [float(f"{self.fewest + step * index:.6g}") for index in range(KNOB_STEPS + 1)]
         if self.fewest.is_integer() and self.most.is_integer():
             values = [float(round(value)) for value in values]
         return list(dict.fromkeys(values))
