@@ -93,7 +93,7 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {
-  constexpr uint64_t kDraws = 100;
+  constexpr uint64_t kDraws = testing::emulated_rounds(100);
   const uint64_t first = testing::seed_from_environment(20251129);
   RankTally tally;
   for (uint64_t i = 0; i < kDraws; ++i) {

@@ -124,7 +124,8 @@ void run_operations(const ModelGeometry& geometry, uint32_t operations, uint64_t
 
 TEST(CudaSequenceRandom, AgreesWithTheHost) {
   const uint64_t seed = testing::seed_from_environment(20251122);
-  run_operations({.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64}, kOperations, seed);
+  const ModelGeometry geometry{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64};
+  run_operations(geometry, testing::emulated_rounds(kOperations), seed);
 }
 
 TEST(CudaSequenceRandom, AgreesWithTheHostInOtherShapes) {
