@@ -112,7 +112,8 @@ bool accessible(DevicePointer address, size_t bytes, bool write) {
 // Requires: a current context.
 DriverResult allocate(DevicePointer* address, size_t bytes, bool on_device) {
   constexpr size_t kAlignment = 512;
-  constexpr size_t kMost = size_t{1} << 38;  // no GPU has more, and the address sanitizer stops there
+  // No GPU has more, and the address sanitizer ends a process that asks for much more.
+  constexpr size_t kMost = size_t{1} << 38;
   if (bytes == 0) return kInvalid;
   if (bytes > kMost) return thinkv::cuda::kErrorOutOfMemory;
   void* data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
