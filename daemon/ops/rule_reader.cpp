@@ -71,6 +71,7 @@ void read_signal(MapReader signal, RankRule* rule) {
   signal.decimal("redundancy", kBelowZero, kWeightMax, &redundancy);
   rule->similarity = redundancy == 0.0f ? 0.0f : -redundancy;
   signal.decimal("above", kBelowZero, 1.0, &rule->similarity_above);
+  signal.decimal("distinct", kBelowZero, kWeightMax, &rule->distinct);
   signal.decimal("position", kBelowZero, kWeightMax, &rule->position);
   signal.decimal("random", kBelowZero, kWeightMax, &rule->random);
   signal.integer32("seed", {0, 0xFFFF'FFFFu}, &rule->seed);

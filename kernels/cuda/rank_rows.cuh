@@ -176,13 +176,14 @@ __device__ inline void sort_rows(const RankRows& rows, uint32_t n) {
   return sum;
 }
 
-// policy::dot of a vector with itself; eight threads hold it, all of the warp call. The first of
-// the eight has the host's order of additions.
+// policy::dot; eight threads hold the vectors, all of the warp call. The first of the eight has the
+// host's order of additions.
 template <int kDim>
-[[nodiscard]] __device__ __forceinline__ float dot_of_eight(const float (&x)[kDim / 8]) {
+[[nodiscard]] __device__ __forceinline__ float dot_of_eight(const float (&x)[kDim / 8],
+                                                            const float (&y)[kDim / 8]) {
   float sum = 0.0f;
 #pragma unroll
-  for (int c = 0; c < kDim / 8; ++c) sum = exact_add(sum, exact_mul(x[c], x[c]));
+  for (int c = 0; c < kDim / 8; ++c) sum = exact_add(sum, exact_mul(x[c], y[c]));
   for (uint32_t h = 4; h >= 1; h /= 2) sum = exact_add(sum, __shfl_xor_sync(kAllLanes, sum, h));
   return sum;
 }

@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/rank_rows.cuh"
 #include "kernels/cuda/rank_similarity.cuh"
+#include "kernels/cuda/rank_weigh.cuh"
 
 namespace thinkv::cuda {
 namespace rank_detail {
@@ -19,23 +20,6 @@ __device__ inline void read_attention(const RankItem& item, const LaneView& lane
     DeviceDescriptor* d = descriptor_at(lane, index);
     const float sum = d == nullptr ? 0.0f : sums_of(lane, d, index)[rows.place[i] & 63u];
     rows.number[i] = attention_of(item.sequence, sum, rows.position[i]);
-  }
-  __syncthreads();
-}
-
-// rows.number times the norm of the token's value; eight threads a row (policy::dot).
-template <int kDim>
-__device__ THINKV_OUT_OF_LINE void multiply_by_value_norm(const RankItem& item,
-                                                          const LaneView& lane, uint32_t n) {
-  const RankRows& rows = item.rows;
-  for (uint32_t base = 0; base < n; base += blockDim.x / 8) {
-    const uint32_t i = base + threadIdx.x / 8;
-    float x[kDim / 8] = {};
-    if (i < n) decode_place<kDim, false>(x, lane, rows.place[i]);
-    const float sum = dot_of_eight<kDim>(x);
-    if (i < n && threadIdx.x % 8 == 0) {
-      rows.number[i] = exact_mul(rows.number[i], exact_sqrt(sum));
-    }
   }
   __syncthreads();
 }
@@ -59,21 +43,31 @@ __device__ THINKV_OUT_OF_LINE void multiply_by_value_norm(const RankItem& item,
   return exact_div(value, static_cast<float>(rule.pool_width));
 }
 
-// score = attention x its weight. Requires: rows.number from read_attention().
+// score = attention and distinctness x their weights. Requires: rows.number from read_attention().
 template <int kDim>
 __device__ inline void add_attention(const RankItem& item, const RankRule& rule,
                                      const LaneView& lane, const RankLimit& limit, uint32_t n) {
   const RankRows& rows = item.rows;
-  if (rule.value_norm != 0) multiply_by_value_norm<kDim>(item, lane, n);
+  if (rule.value_norm != 0 || rule.distinct != 0.0f) weigh_rows<kDim>(item, rule, lane, n);
   uint32_t pooled = 0;  // rows that are not among the protected newest
   if (rule.pool != Pool::kNone) {
     const uint32_t first_recent = item.sequence->tokens - recent_tokens(item, rule, limit);
     pooled =
         count_rows(*item.shared, n, [&](uint32_t i) { return rows.position[i] < first_recent; });
   }
+  const auto number = [&](uint32_t i) {
+    return i < pooled ? pooled_number(rule, rows.number, pooled, i) : rows.number[i];
+  };
+  float weight = 0.0f;  // of the distances that are in rows.score
+  if (rule.distinct != 0.0f) {
+    const float attention = sum_of_rows(*item.shared, n, number);
+    const float distances = sum_of_rows(*item.shared, n, [&](uint32_t i) { return rows.score[i]; });
+    weight = exact_mul(rule.distinct, policy::distance_scale(attention, distances));
+  }
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const float number = i < pooled ? pooled_number(rule, rows.number, pooled, i) : rows.number[i];
-    rows.score[i] = exact_add(rows.score[i], exact_mul(rule.attention, number));
+    const float score = exact_add(0.0f, exact_mul(rule.attention, number(i)));
+    rows.score[i] =
+        rule.distinct == 0.0f ? score : exact_add(score, exact_mul(weight, rows.score[i]));
   }
   __syncthreads();
 }

@@ -35,7 +35,7 @@ __device__ THINKV_OUT_OF_LINE void load_tile(const RankItem& item, const LaneVie
   if (row >= kTile) return;  // whole warps
   float x[kDim / 8] = {};
   if (i < n) decode_place<kDim, true>(x, lane, item.rows.place[i]);
-  const float norm = exact_sqrt(rank_detail::dot_of_eight<kDim>(x));
+  const float norm = exact_sqrt(rank_detail::dot_of_eight<kDim>(x, x));
   const float factor = norm > 0.0f ? exact_div(1.0f, norm) : 0.0f;
 #pragma unroll
   for (int c = 0; c < kDim / 8; ++c) tile[row * (kDim + 1) + l + 8 * c] = exact_mul(x[c], factor);

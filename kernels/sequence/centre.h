@@ -30,6 +30,11 @@ class Centres {
   void set(CentreTable table, uint32_t lane, std::span<const float> mean);
   // Takes the lane's centre off `count` keys [count, head_dim]. Nothing without create or load.
   void take_off(uint32_t lane, float* k, uint32_t count) const;
+  // [head_dim]; none without create or load.
+  [[nodiscard]] std::span<const float> of(uint32_t lane) const {
+    if (floats_.empty()) return {};
+    return std::span(floats_).subspan(size_t{lane} * head_dim_, head_dim_);
+  }
   // What the scores of a query lack, before they are scaled: q . c. q [head_dim], as keys are kept.
   [[nodiscard]] float missing(uint32_t lane, const float* q) const;
 

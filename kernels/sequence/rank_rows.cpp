@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/policy/distinct.h"
 #include "kernels/policy/rank_budget.h"
 #include "kernels/policy/rank_signal.h"
 #include "kernels/sequence/rank.h"
@@ -56,7 +57,8 @@ void protect(const SequenceState& state, const RankRule& rule, uint32_t lane, Ra
   }
 }
 
-void multiply_by_value_norm(SequenceState& state, uint32_t lane_index, RankHead& head,
+// weights [rows] times the norms of the values.
+void multiply_by_value_norm(SequenceState& state, uint32_t lane_index, const RankHead& head,
                             std::span<float> weights) {
   const Lane lane = state.lane(lane_index);
   const uint32_t dim = state.geometry.head_dim;
@@ -73,7 +75,8 @@ void multiply_by_value_norm(SequenceState& state, uint32_t lane_index, RankHead&
   }
 }
 
-// attention x value norm, pooled over the rows that are not among the protected newest.
+// attention x value norm, pooled over the rows that are not among the protected newest. It is left
+// in work.numbers.
 void add_attention(SequenceState& state, const RankRule& rule, uint32_t lane, RankHead& head) {
   RankWork& work = state.rank;
   const uint32_t n = head.size();
@@ -104,9 +107,31 @@ void add_similarity(SequenceState& state, const RankRule& rule, uint32_t lane, R
   for (uint32_t i = 0; i < n; ++i) head.score[i] += rule.similarity * work.numbers[i];
 }
 
-// The terms are added in this order: attention, similarity, position, chance.
+// Requires: work.numbers is the lane's attention.
+void add_distinct(SequenceState& state, const RankRule& rule, uint32_t lane, RankHead& head) {
+  RankWork& work = state.rank;
+  const uint32_t n = head.size(), dim = state.geometry.head_dim;
+  const std::span<const float> mean = state.centres.of(lane);
+  const float mean_norm = std::sqrt(policy::dot(mean.data(), mean.data(), dim));
+  const float attention = policy::sum_of_rows({work.numbers.data(), n});
+  decode_head_keys(state, lane, head, dim);
+  std::vector<float>& distances = work.more_numbers;
+  distances.resize(n);
+  for (uint32_t i = 0; i < n; ++i) {
+    float* const key = work.keys.data() + size_t{i} * dim;
+    for (uint32_t d = 0; d < dim; ++d) key[d] += mean[d];
+    distances[i] = policy::key_distance(key, mean.data(), mean_norm, dim);
+  }
+  if (rule.value_norm != 0) multiply_by_value_norm(state, lane, head, distances);
+  const float scale = policy::distance_scale(attention, policy::sum_of_rows(distances));
+  const float weight = rule.distinct * scale;
+  for (uint32_t i = 0; i < n; ++i) head.score[i] += weight * distances[i];
+}
+
+// The terms are added in this order: attention, distinct, similarity, position, chance.
 void add_signals(SequenceState& state, const RankRule& rule, uint32_t lane, RankHead& head) {
   if (rule.attention != 0.0f) add_attention(state, rule, lane, head);
+  if (rule.distinct != 0.0f) add_distinct(state, rule, lane, head);
   if (rule.similarity != 0.0f) add_similarity(state, rule, lane, head);
   // Heads that keep one set draw one number.
   const bool alike = state.policy().grain == SelectGrain::kLayer;

@@ -46,6 +46,7 @@ inline RankRule draw_rule(RuleDice dice) {
   r.similarity = -weight();
   r.position = weight();
   r.random = weight();
+  r.distinct = weight();
   r.value_norm = static_cast<uint8_t>(below(2));
   r.frequent_percent = r.local_percent = 20;
   r.special_classes = 1;
@@ -65,7 +66,7 @@ inline void draw_blocks(PolicyParams& p, RuleDice dice) {
   if (!is_pair(last.recode_format)) return;
   p.rules[0] = last;
   p.rule_count = 1;
-  p.rules[0].attention = p.rules[0].similarity = p.rules[0].random = 0.0f;
+  p.rules[0].attention = p.rules[0].similarity = p.rules[0].random = p.rules[0].distinct = 0.0f;
   p.rules[0].pool = Pool::kNone;
   p.rules[0].pool_width = 1;
   p.rules[0].value_norm = 0;
@@ -80,6 +81,7 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = f
   p.rule_count = static_cast<uint8_t>(1 + dice.below(kRulesMax));
   do {
     p.grain = static_cast<SelectGrain>(dice.below(2));
+    p.centre = static_cast<uint8_t>(dice.below(2));
     p.budget_tokens = 8 + dice.below(60);
     p.score_kind = static_cast<ScoreKind>(dice.below(4));
     p.score_every = static_cast<uint16_t>(1 + 2 * dice.below(2));

@@ -70,6 +70,14 @@ TEST(Rules, EverySetting) {
   EXPECT_EQ(p.rules[1].every, 1);
 }
 
+TEST(Rules, DistinctGoesWithCentredKeys) {
+  const PolicyParams p =
+      good("centring: prompt\n" + kRank +
+           "scores: {accumulate: mean}\n"
+           "rules: [{trigger: {every: 16}, signal: {attention: 1, distinct: 1.5}}]\n");
+  EXPECT_FLOAT_EQ(p.rules[0].distinct, 1.5f);
+}
+
 TEST(Rules, KeysOfTheBudgets) {
   const std::string rule = "    select: {rule: topk}\n";
   const auto with = [&](const std::string& budget, const std::string& rest) {
@@ -226,6 +234,14 @@ INSTANTIATE_TEST_SUITE_P(
         BadRule{rule("{trigger: {every: 1}, signal: {redundancy: 1}}"),
                 ":8: rules[].signal.redundancy: compares all keys with all keys: trigger.every "
                 "must be at least 16"},
+        BadRule{
+            scored("accumulate: mean", "trigger: {every: 16}, signal: {attention: 1, distinct: 2}"),
+            ":9: rules[].signal.distinct: needs centring: prompt, which keeps the mean of the "
+            "prompt's keys"},
+        BadRule{"centring: prompt\n" +
+                    rule("{trigger: {every: 16}, signal: {position: 1, distinct: 2}}"),
+                ":9: rules[].signal.attention: is needed for distinct, which is scaled to a share "
+                "of it"},
         BadRule{rule("{trigger: {every: 1}, select: {rule: threshold}}"),
                 ":8: rules[].select.rule: threshold and budget.rule: threshold go together, and "
                 "only they"},

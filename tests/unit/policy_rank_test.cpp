@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/policy/distinct.h"
 #include "kernels/policy/matrix_entropy.h"
 #include "kernels/policy/rank_budget.h"
 #include "kernels/policy/rank_select.h"
@@ -139,6 +140,46 @@ TEST(RankRedundancy, OneNearDuplicateStaysAndItIsTheLast) {
   const std::vector<uint32_t> rows = marked(keep);
   EXPECT_EQ(std::count_if(rows.begin(), rows.end(), [](uint32_t r) { return r >= 24; }), 1);
   EXPECT_EQ(rows.back(), 47u);
+}
+
+TEST(RankDistinct, TheAngleToTheMeanCountsAndNotTheLength) {
+  constexpr uint32_t kDim = 64;
+  std::vector<float> mean(kDim, 0.0f), key(kDim, 0.0f);
+  const auto distance = [&] {
+    return key_distance(key.data(), mean.data(), std::sqrt(dot(mean.data(), mean.data(), kDim)),
+                        kDim);
+  };
+  EXPECT_EQ(distance(), 1.0f) << "nothing to compare";
+  mean[3] = 2.0f;
+  EXPECT_EQ(distance(), 1.0f);
+  for (const float length : {0.5f, 1.0f, 300.0f}) {
+    key[3] = length;
+    EXPECT_EQ(distance(), 0.0f);
+    key[3] = -length;
+    EXPECT_EQ(distance(), 2.0f);
+  }
+  key[3] = 1.0f;
+  key[9] = std::sqrt(3.0f);
+  EXPECT_NEAR(distance(), 0.5f, 1e-6f) << "60 degrees";
+  key[9] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(distance(), 0.0f);
+}
+
+TEST(RankDistinct, DistancesAreTogetherAsMuchAsTheAttention) {
+  std::vector<float> attention(700), distances(700);
+  for (uint32_t i = 0; i < 700; ++i) {
+    attention[i] = random_score(1, 0, i);
+    distances[i] = 5.0f * random_score(2, 0, i);
+  }
+  const float sum = sum_of_rows(attention);
+  EXPECT_NEAR(sum, std::accumulate(attention.begin(), attention.end(), 0.0), 1e-3);
+  const float scale = distance_scale(sum, sum_of_rows(distances));
+  for (float& x : distances) x *= scale;
+  EXPECT_NEAR(sum_of_rows(distances), sum, 1e-3f);
+  EXPECT_EQ(distance_scale(0.0f, 4.0f), 1.0f) << "nothing was looked at so far";
+  EXPECT_EQ(distance_scale(2.0f, 0.0f), 0.0f);
+  EXPECT_EQ(distance_scale(2.0f, std::numeric_limits<float>::infinity()), 0.0f);
+  EXPECT_EQ(distance_scale(std::numeric_limits<float>::quiet_NaN(), 1.0f), 1.0f);
 }
 
 TEST(RankEntropy, AgreesWithTheClosedForms) {

@@ -155,6 +155,35 @@ TEST(RankComposition, ScoresOfRKvOnPagesOfFourBits) {
   EXPECT_GT(world.sequence.stats().reused_slots, 0u);
 }
 
+// Tokens that no query has looked for yet, and that nothing else could stand for.
+TEST(RankComposition, DistinctKeysStayWhereAttentionSaysNothing) {
+  const auto kept = [](const std::string& signal) {
+    const ops::Policy policy = written("centring: prompt\n" + kWide +
+                                       "evict: {rule: rank, budget: 24}\n"
+                                       "scores: {accumulate: mean, window: 8}\n"
+                                       "rules: [{trigger: {prompt_end: true}, signal: {" +
+                                       signal + "}}]\n");
+    const ModelGeometry geometry = geometry_of(kSmall);
+    RankWorld world(geometry, policy.params);
+    const size_t dim = geometry.head_dim;
+    std::vector<float> k = world.tokens.kv(96);
+    for (size_t i = 0; i < k.size(); ++i) k[i] = 0.05f * k[i] + (i % dim == 5 ? 1.0f : 0.0f);
+    for (const size_t token : {11, 40, 63}) {
+      for (size_t head = 0; head < geometry.kv_heads; ++head) {
+        float* const key = k.data() + (token * geometry.kv_heads + head) * dim;
+        key[5] = -1.0f;
+        key[token] = 1.0f;
+      }
+    }
+    // Queries of nothing look at all tokens alike.
+    world.prefill(k, world.tokens.kv(96), std::vector<float>(8 * geometry.q_heads * dim, 0.0f));
+    EXPECT_EQ(world.positions().size(), 24u);
+    return world.holds(0, 11) && world.holds(0, 40) && world.holds(3, 63);
+  };
+  EXPECT_TRUE(kept("attention: 1, distinct: 2"));
+  EXPECT_FALSE(kept("attention: 1"));
+}
+
 TEST(RankComposition, RecodeToTwoBitsThenEvict) {
   const ops::Policy policy = written(kPacked +
                                      "evict: {rule: rank, budget: 120}\n"

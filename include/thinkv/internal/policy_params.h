@@ -75,13 +75,13 @@ struct PolicyParams {
   uint8_t rule_count = 0;
   uint16_t score_window = 1;          // W: prompt queries that count; of kWindow, decode steps too
   float block_eta[2] = {0.0f, 0.0f};  // of affine block formats of 1 and 2 bits, below 0.5
-  uint32_t reserved[8] = {};
+  uint32_t reserved[4] = {};
   RankRule rules[kRulesMax] = {};
   EntropyParams entropy;
   TierParams tier;
 };
 static_assert(std::is_trivially_copyable_v<PolicyParams>);
 static_assert(sizeof(PolicyParams) ==
-              192 + kRulesMax * sizeof(RankRule) + sizeof(EntropyParams) + sizeof(TierParams));
+              176 + kRulesMax * sizeof(RankRule) + sizeof(EntropyParams) + sizeof(TierParams));
 
 }  // namespace thinkv

@@ -46,7 +46,7 @@ namespace detail {
   ok = ok && r.representative_percent <= 100 && r.frequent_percent <= 100;
   ok = ok && r.local_percent <= 100 && r.group_count <= kRankGroupsMax;
   ok = ok && r.pool_width >= 1 && r.pool_width <= kPoolWidthMax && r.pool_width % 2 == 1;
-  for (const float weight : {r.attention, r.similarity, r.position, r.random}) {
+  for (const float weight : {r.attention, r.similarity, r.position, r.random, r.distinct}) {
     ok = ok && weight >= -1e6f && weight <= 1e6f;  // false for what is not a number
   }
   ok = ok && r.similarity_above >= -1.0f && r.similarity_above <= 1.0f;
@@ -171,6 +171,17 @@ namespace detail {
   return {};
 }
 
+[[nodiscard]] constexpr RankProblem distinct_problem(const PolicyParams& p, const RankRule& r) {
+  if (r.distinct == 0.0f) return {};
+  if (p.centre == 0) {
+    return {"signal.distinct", "needs centring: prompt, which keeps the mean of the prompt's keys"};
+  }
+  if (r.attention == 0.0f) {
+    return {"signal.attention", "is needed for distinct, which is scaled to a share of it"};
+  }
+  return {};
+}
+
 [[nodiscard]] constexpr RankProblem signal_problem(const RankRule& r) {
   const bool weighs =
       r.attention != 0.0f || r.similarity != 0.0f || r.position != 0.0f || r.random != 0.0f;
@@ -249,7 +260,8 @@ namespace detail {
   if (!detail::rank_fields_valid(r)) return {"", "holds a value that is out of range"};
   for (const RankProblem problem :
        {detail::trigger_problem(p, r), detail::budget_problem(p, r), detail::pair_problem(r),
-        detail::signal_problem(r), detail::block_problem(p, r), detail::layer_pair_problem(p, i)}) {
+        detail::signal_problem(r), detail::distinct_problem(p, r), detail::block_problem(p, r),
+        detail::layer_pair_problem(p, i)}) {
     if (problem.any()) return problem;
   }
   if (r.budget == BudgetRule::kFirstFit && r.at_prompt_end == 0) {

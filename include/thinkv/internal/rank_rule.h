@@ -92,6 +92,7 @@ struct RankRule {
   float similarity = 0.0f;  // of the softmaxed mean cosine to all keys; negative drops duplicates
   float position = 0.0f;    // newer is higher
   float random = 0.0f;
+  float distinct = 0.0f;  // of the key's angle to its prompt's mean, as a share of attention
   float similarity_above = 0.5f;  // cosines up to it are no near-duplicates
   uint32_t seed = 0;
   uint8_t value_norm = 0;  // attention is multiplied by the norm of the value
@@ -105,7 +106,7 @@ struct RankRule {
   uint8_t layer_end = 0;
   uint8_t reserved = 0;
 };
-static_assert(std::is_trivially_copyable_v<RankRule> && sizeof(RankRule) == 64);
+static_assert(std::is_trivially_copyable_v<RankRule> && sizeof(RankRule) == 68);
 
 [[nodiscard]] constexpr bool covers_layer(const RankRule& rule, uint32_t layer) {
   return layer >= rule.layer_first && (rule.layer_end == 0 || layer < rule.layer_end);
