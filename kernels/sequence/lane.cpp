@@ -274,8 +274,8 @@ void Lane::decode(std::span<const SlotRow> rows, float* k, float* v) const {
                              .format = static_cast<Format>(page.format),
                              .head_dim = store_->head_dim,
                              .slots = {slots.data(), count},
-                             .k = k + row,
-                             .v = v + row});
+                             .k = k == nullptr ? nullptr : k + row,
+                             .v = v == nullptr ? nullptr : v + row});
     first += count;
   }
 }

@@ -86,7 +86,8 @@ class Lane {
   // table. Result: how many. Requires: rows.size() is enough.
   [[nodiscard]] uint32_t gather(uint32_t first, uint32_t end, std::span<SlotRow> rows) const;
 
-  // Rows k, v [rows, head_dim] of live slots; neighbours on one page in one call of the kernel.
+  // Rows k, v [rows, head_dim] of live slots, or null for one that is not wanted; neighbours on one
+  // page in one call of the kernel.
   void decode(std::span<const SlotRow> rows, float* k, float* v) const;
 
   [[nodiscard]] uint32_t position(const PageDescriptor& page, uint32_t slot) const;

@@ -1,55 +1,13 @@
 // rank_prompt.cpp: what the engine tells about a prompt: its newest queries, classes of tokens.
 #include <algorithm>
-#include <bit>
 
 #include "kernels/policy/channels.h"
 #include "kernels/policy/matrix_entropy.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/rank.h"
-#include "kernels/sequence/scores.h"
 
 namespace thinkv::kernels {
 namespace {
-
-// The slots of a page whose tokens are not newer than `position`.
-uint64_t slots_seen(const Lane& lane, const PageDescriptor& page, uint32_t position) {
-  if (page.last_position <= position) return page.live;
-  uint64_t seen = 0;
-  for (uint64_t left = page.live; left != 0; left &= left - 1) {
-    const auto slot = static_cast<uint32_t>(std::countr_zero(left));
-    if (lane.position(page, slot) <= position) seen |= uint64_t{1} << slot;
-  }
-  return seen;
-}
-
-void measure_query(SequenceState& state, uint32_t lane_index, uint32_t position, const float* q) {
-  const Lane lane = state.lane(lane_index);
-  AttendScratch& scratch = state.attend_scratch;
-  const uint32_t dim = state.geometry.head_dim;
-  const uint32_t group = state.geometry.group();
-  scratch.views.clear();
-  lane.pages().for_each([&](uint32_t, const PageDescriptor& page) {
-    scratch.views.push_back({.bytes = state.pages.address(page.page),
-                             .live = slots_seen(lane, page, position),
-                             .format = static_cast<Format>(page.format)});
-  });
-  // The query rows, then the output and its lse, which nobody reads.
-  const size_t values = size_t{group} * dim;
-  scratch.query.resize(2 * values + group);
-  std::copy_n(q, values, scratch.query.data());
-  if (state.policy().rotate != 0) state.kernels.rotate(scratch.query.data(), group, dim);
-  scratch.probabilities.resize(scratch.views.size() * kSlotsPerPageMax);
-  state.kernels.attend({.pages = scratch.views,
-                        .head_dim = dim,
-                        .group = group,
-                        .q = scratch.query.data(),
-                        .softmax_scale = state.softmax_scale,
-                        .out = scratch.query.data() + values,
-                        .lse = scratch.query.data() + 2 * values,
-                        .probabilities = scratch.probabilities.data(),
-                        .reduce = static_cast<GqaReduce>(state.policy().score_reduce)});
-  accumulate_sums(lane, scratch.probabilities.data());
-}
 
 // Adds the squares of query rows of a kv head, channel by channel, in ascending order of rows.
 void add_query_energy(SequenceState& state, uint32_t lane, const float* q, uint32_t count) {
@@ -93,9 +51,7 @@ void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32
       add_query_energy(state, lane, q + (count - used) * stride + h * values, used);
     }
     if (!state.store.sums) continue;
-    for (uint32_t i = count - used; i < count; ++i) {
-      measure_query(state, lane, state.prompt_tokens - count + i, q + i * stride + h * values);
-    }
+    add_prompt_attention(state, lane, q + (count - used) * stride + h * values, used);
   }
 }
 
