@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <vector>
 
 #include "thinkv/internal/check.h"
 
 namespace thinkv::policy {
 namespace {
-
-constexpr uint32_t kSweepsMax = 30;
 
 void centre_and_scale(std::span<float> rows, uint32_t n, uint32_t dim) {
   for (uint32_t d = 0; d < dim; ++d) {
@@ -27,9 +26,10 @@ void centre_and_scale(std::span<float> rows, uint32_t n, uint32_t dim) {
   }
 }
 
-// Of the smaller side: rows by rows where there are fewer rows than channels.
+// Of the smaller side: rows by rows where there are at most as many rows as channels.
 std::vector<double> gram(std::span<const float> rows, uint32_t n, uint32_t dim, uint32_t side) {
-  std::vector<double> g(size_t{side} * side);
+  const uint32_t even = even_side(side);
+  std::vector<double> g(size_t{even} * (even + 1) / 2);
   const bool by_rows = side == n;
   for (uint32_t a = 0; a < side; ++a) {
     for (uint32_t b = 0; b <= a; ++b) {
@@ -39,51 +39,55 @@ std::vector<double> gram(std::span<const float> rows, uint32_t n, uint32_t dim, 
         const size_t y = by_rows ? size_t{b} * dim + k : size_t{k} * dim + b;
         sum += double{rows[x]} * double{rows[y]};
       }
-      g[size_t{a} * side + b] = g[size_t{b} * side + a] = sum;
+      g[packed_place(a, b)] = sum;
     }
   }
   return g;
 }
 
-// One rotation that makes g[p][q] zero.
-void rotate_pair(std::span<double> g, uint32_t side, uint32_t p, uint32_t q) {
-  const double off = g[size_t{p} * side + q];
-  if (off == 0.0) return;
-  const double theta = (g[size_t{q} * side + q] - g[size_t{p} * side + p]) / (2.0 * off);
-  const double t = (theta >= 0.0 ? 1.0 : -1.0) / (std::abs(theta) + std::hypot(theta, 1.0));
-  const double c = 1.0 / std::hypot(t, 1.0);
-  const double s = t * c;
-  for (uint32_t k = 0; k < side; ++k) {
-    double& a = g[size_t{k} * side + p];
-    double& b = g[size_t{k} * side + q];
-    const double x = a, y = b;
-    a = c * x - s * y;
-    b = s * x + c * y;
+// Squares beside the diagonal are added row by row, then the rows.
+bool is_diagonal(const std::vector<double>& g, uint32_t side) {
+  double off = 0.0, diagonal = 0.0;
+  for (uint32_t a = 0; a < side; ++a) {
+    double of_row = 0.0;
+    for (uint32_t b = 0; b < a; ++b) {
+      of_row += g[packed_place(a, b)] * g[packed_place(a, b)];
+    }
+    off += of_row;
+    diagonal += g[packed_place(a, a)] * g[packed_place(a, a)];
   }
-  for (uint32_t k = 0; k < side; ++k) {
-    double& a = g[size_t{p} * side + k];
-    double& b = g[size_t{q} * side + k];
-    const double x = a, y = b;
-    a = c * x - s * y;
-    b = s * x + c * y;
+  return off <= kJacobiRest * diagonal;
+}
+
+void turn_round(std::vector<double>& g, uint32_t side, uint32_t round,
+                std::vector<JacobiTurn>& turns) {
+  const uint32_t half = side / 2;
+  for (uint32_t i = 0; i < half; ++i) {
+    const auto [p, q] = jacobi_pair(side, round, i);
+    turns[i] =
+        jacobi_turn(g[packed_place(p, p)], g[packed_place(p, q)], g[packed_place(q, q)]);
+    turn_own(turns[i], g[packed_place(p, p)], g[packed_place(p, q)], g[packed_place(q, q)]);
+  }
+  for (uint32_t i = 0; i < half; ++i) {
+    const auto [p, q] = jacobi_pair(side, round, i);
+    for (uint32_t j = i + 1; j < half; ++j) {
+      const auto [u, v] = jacobi_pair(side, round, j);
+      turn_block(turns[i], turns[j], g[packed_place(p, u)], g[packed_place(p, v)],
+                 g[packed_place(q, u)], g[packed_place(q, v)]);
+    }
   }
 }
 
 std::vector<double> eigenvalues(std::vector<double> g, uint32_t side) {
-  for (uint32_t sweep = 0; sweep < kSweepsMax; ++sweep) {
-    double off = 0.0, diagonal = 0.0;
-    for (uint32_t p = 0; p < side; ++p) {
-      diagonal += g[size_t{p} * side + p] * g[size_t{p} * side + p];
-      for (uint32_t q = p + 1; q < side; ++q)
-        off += g[size_t{p} * side + q] * g[size_t{p} * side + q];
-    }
-    if (off <= 1e-20 * diagonal) break;
-    for (uint32_t p = 0; p < side; ++p) {
-      for (uint32_t q = p + 1; q < side; ++q) rotate_pair(g, side, p, q);
-    }
+  std::vector<JacobiTurn> turns(side / 2);
+  for (uint32_t sweep = 0; sweep < kJacobiSweepsMax && !is_diagonal(g, side); ++sweep) {
+    for (uint32_t round = 0; round + 1 < side; ++round) turn_round(g, side, round, turns);
   }
   std::vector<double> values(side);
-  for (uint32_t i = 0; i < side; ++i) values[i] = std::max(g[size_t{i} * side + i], 0.0);
+  for (uint32_t i = 0; i < side; ++i) {
+    const double value = g[packed_place(i, i)];
+    values[i] = value > 0.0 ? value : 0.0;
+  }
   std::sort(values.begin(), values.end(), std::greater<>());
   return values;
 }
@@ -96,16 +100,8 @@ float truncated_entropy(std::span<float> rows, uint32_t dim, uint32_t values) {
   if (n < 2) return 0.0f;
   centre_and_scale(rows, n, dim);
   const uint32_t side = std::min(n, dim);
-  const std::vector<double> s = eigenvalues(gram(rows, n, dim, side), side);
-  double trace = 0.0;
-  for (const double value : s) trace += value;
-  if (!(trace > 0.0)) return 0.0f;  // all rows alike, or not numbers
-  double entropy = 0.0;
-  for (uint32_t i = 0; i < std::min(values, side); ++i) {
-    const double share = s[i] / trace;
-    if (share > 0.0) entropy -= share * std::log(share);
-  }
-  return static_cast<float>(entropy / std::log(static_cast<double>(dim)));
+  const std::vector<double> s = eigenvalues(gram(rows, n, dim, side), even_side(side));
+  return entropy_of_values(s.data(), static_cast<uint32_t>(s.size()), dim, values);
 }
 
 }  // namespace thinkv::policy

@@ -16,6 +16,12 @@ namespace thinkv::policy {
   return static_cast<uint32_t>(uint64_t{whole} * percent / 100);
 }
 
+// Of a sequence's tokens so far, those that the rule's budget counts.
+[[nodiscard]] constexpr uint32_t tokens_counted(const RankRule& rule, uint32_t tokens,
+                                                uint32_t prompt) {
+  return rule.counts == BudgetCount::kGenerated ? tokens - prompt : tokens;
+}
+
 // PyramidKV (arXiv 2406.02069): linear from `most` in layer 0 to `least` in the last one, `window`
 // tokens more in each.
 struct Pyramid {

@@ -182,6 +182,7 @@ Status run_prompt_rules(SequenceState& state) {
   header.window_queries = header.prompt_queries;
   header.waiting = !given && policy::any_waits_for_queries(p) ? 1 : 0;
   state.moment = {.generated = 0, .waiting = header.waiting != 0};
+  if (!given && policy::reads_entropy(p)) measure_prompt_keys(state);
   if (!policy::any_fires(p, state.moment)) return {};
   uint32_t data_pages = 0;
   MetaNeed need(state.heap.granules_per_page());

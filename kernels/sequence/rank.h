@@ -33,6 +33,8 @@ void run_step_rules(SequenceState& state);
 
 // q [count, q_heads, head_dim]: the newest queries of the prompt, as Sequence::prefill_queries.
 void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32_t count);
+// What the policy's rules need of the prompt where no queries were given.
+void measure_prompt_keys(SequenceState& state);
 // Adds what the newest `count` queries of the prompt look at to the sums of a lane
 // (prompt_attention.cpp). q: the lane's heads in the first of them. Requires: the store keeps sums.
 void add_prompt_attention(SequenceState& state, uint32_t lane, const float* q, uint32_t count);

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <numeric>
 
-#include "kernels/policy/matrix_entropy.h"
 #include "kernels/policy/rank_budget.h"
 #include "kernels/sequence/rank.h"
 
@@ -30,28 +29,18 @@ uint32_t least_slots(const SequenceState& state) {
   return least;
 }
 
-// Truncated entropy of the newest keys, for heads whose prompt queries were not given.
-float entropy_of_keys(SequenceState& state, uint32_t lane) {
-  RankHead& head = state.rank.heads.front();
-  head.rows.resize(state.lanes[lane]->live);
-  head.rows.resize(state.lane(lane).gather(0, state.header->tokens, head.rows));
-  const uint32_t rows = std::min(head.size(), policy::kEntropyRowsMax);
-  head.rows.erase(head.rows.begin(), head.rows.end() - rows);
-  decode_head_keys(state, lane, head, state.geometry.head_dim);
-  return policy::truncated_entropy({state.rank.keys.data(), size_t{rows} * state.geometry.head_dim},
-                                   state.geometry.head_dim);
-}
-
+// Without a prompt there is no signal, and each head has B.
 void share_by_groups(SequenceState& state, const RankRule& rule, uint32_t layer, uint32_t budget) {
   RankWork& work = state.rank;
   const uint32_t heads = state.geometry.kv_heads;
   work.numbers.resize(heads);
+  bool known = true;
   for (uint32_t h = 0; h < heads; ++h) {
-    const uint32_t lane = state.lane_index(layer, h);
-    float& signal = state.lane(lane).rank().head_signal;
-    if (std::isnan(signal)) signal = entropy_of_keys(state, lane);
-    work.numbers[h] = signal;
+    work.heads[h].limit = budget;
+    work.numbers[h] = state.lane(state.lane_index(layer, h)).rank().head_signal;
+    known = known && !std::isnan(work.numbers[h]);
   }
+  if (!known) return;
   work.order.resize(heads);
   std::iota(work.order.begin(), work.order.end(), 0u);
   std::stable_sort(work.order.begin(), work.order.end(),
@@ -121,10 +110,14 @@ bool set_limits(SequenceState& state, const RankRule& rule, uint32_t layer) {
     most = std::max(most, work.heads[h].counted);
   }
   if (budget == kBudgetNone) return false;
-  // Within it, no share is looked at: the shares are B on average, and nobody is short of room.
-  const bool shared = rule.budget == BudgetRule::kPyramid || rule.budget == BudgetRule::kGroups;
-  if (shared && most <= budget) return false;
+  // Within it, no share is looked at: the shares are B on average, and nobody is short of room. Of
+  // groups, while there were no more tokens than it in all: what a head does then depends on no
+  // other head's evictions.
+  if (rule.budget == BudgetRule::kPyramid && most <= budget) return false;
   if (rule.budget == BudgetRule::kGroups) {
+    if (policy::tokens_counted(rule, state.header->tokens, state.header->prompt_tokens) <= budget) {
+      return false;
+    }
     share_by_groups(state, rule, layer, budget);
   } else {
     for (uint32_t h = 0; h < state.geometry.kv_heads; ++h) {

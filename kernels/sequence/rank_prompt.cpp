@@ -5,6 +5,7 @@
 #include "kernels/policy/matrix_entropy.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/rank.h"
+#include "thinkv/internal/check.h"
 
 namespace thinkv::kernels {
 namespace {
@@ -25,8 +26,7 @@ void add_query_energy(SequenceState& state, uint32_t lane, const float* q, uint3
 float query_entropy(SequenceState& state, uint32_t head, const float* q, uint32_t count) {
   const size_t values = size_t{state.geometry.group()} * state.geometry.head_dim;
   const size_t stride = size_t{state.geometry.q_heads} * state.geometry.head_dim;
-  const uint32_t queries =
-      std::min(count, std::max(policy::kEntropyRowsMax / state.geometry.group(), 1u));
+  const uint32_t queries = policy::entropy_queries(count, state.geometry.group());
   std::vector<float>& rows = state.rank.numbers;
   rows.resize(queries * values);
   for (uint32_t i = 0; i < queries; ++i) {
@@ -52,6 +52,23 @@ void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32
     }
     if (!state.store.sums) continue;
     add_prompt_attention(state, lane, q + (count - used) * stride + h * values, used);
+  }
+}
+
+// Of the newest keys, where no queries were given.
+void measure_prompt_keys(SequenceState& state) {
+  const uint32_t dim = state.geometry.head_dim;
+  const uint32_t rows = std::min(state.prompt_tokens, policy::kEntropyRowsMax);
+  std::vector<float>& keys = state.rank.numbers;
+  for (uint32_t i = 0; i < state.lanes.size(); ++i) {
+    const Lane lane = state.lane(i);
+    std::vector<SlotRow>& newest = state.rank.lane_rows;
+    newest.resize(rows);
+    const uint32_t found = lane.gather(state.prompt_tokens - rows, state.prompt_tokens, newest);
+    THINKV_CHECK(found == rows);  // nothing goes before the prompt's end
+    keys.resize(size_t{rows} * dim);
+    lane.decode(newest, keys.data(), nullptr);
+    lane.rank().head_signal = policy::truncated_entropy(keys, dim);
   }
 }
 
