@@ -153,6 +153,14 @@ Status prefill_on_gpu(GpuSequence& sequence, uint32_t layer, const thinkv_tensor
                           static_cast<uint32_t>(k.shape[0]));
 }
 
+Status prefill_queries_on_gpu(GpuSequence& sequence, uint32_t layer, const thinkv_tensor& q,
+                              std::span<const int64_t> shape) {
+  THINKV_ASSIGN_OR_RETURN(const void* data, device_input("q", &q, shape));
+  THINKV_TRY(sequence.engine().check_pointer("q", data));
+  return sequence.prefill_queries(layer, data, element_of(q.dtype),
+                                  static_cast<uint32_t>(q.shape[0]));
+}
+
 // The tokens are counted here; what they hold is in the numbers of the next step.
 Status prefill_end_on_gpu(SequenceObject& object) {
   THINKV_TRY(object.gpu->prefill_end());

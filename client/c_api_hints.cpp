@@ -3,9 +3,9 @@
 #include "client/abi.h"
 #include "client/abi_guard.h"
 #include "client/error_text.h"
+#include "client/gpu_calls.h"
 #include "client/objects.h"
 #include "client/tensor.h"
-#include "kernels/policy/rank_trigger.h"
 #include "thinkv/internal/limits.h"
 #include "thinkv/internal/rank_rule.h"
 #include "thinkv/thinkv.h"
@@ -23,13 +23,7 @@ Status prefill_queries(thinkv_sequence* sequence, uint32_t layer, const thinkv_t
     return describe(ErrorCode::kInvalidArgument, "q has %lld queries, at most %u",
                     static_cast<long long>(count), kScoreWindowMax);
   }
-  // Rules on the cuda backend wait for the first steps, as where no queries are given, so the
-  // values are not looked at: they may lie in GPU memory.
-  if (pin->gpu) {
-    THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
-    static_cast<void>(unused);
-    return {};
-  }
+  if (pin->gpu) return prefill_queries_on_gpu(*pin->gpu, layer, *q, shape);
   std::vector<float> rows;
   THINKV_ASSIGN_OR_RETURN(const float* data, input_rows("q", q, shape, rows));
   return pin->sequence->prefill_queries(layer, data, static_cast<uint32_t>(count));
@@ -43,12 +37,7 @@ Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* c
     return describe(ErrorCode::kInvalidArgument, "%zu classes, at most %u", count,
                     limits::kTokensMax);
   }
-  if (pin->gpu) {
-    if (count == 0 || !policy::reads_classes(pin->gpu->policy())) return {};
-    return make_error(
-        ErrorCode::kUnsupported,
-        "the policy's rules read token classes, which sequences on a GPU do not keep");
-  }
+  if (pin->gpu) return pin->gpu->token_classes(first, std::span(classes, count));
   const Status told = pin->sequence->token_classes(first, std::span(classes, count));
   pin->source->settle();
   THINKV_TRY(told);
@@ -59,7 +48,7 @@ Status prefetch(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* 
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
   const ModelGeometry& geometry = pin->model->geometry;
   const int64_t shape[] = {geometry.q_heads, geometry.head_dim};
-  // As above: no policy with a tier opens on the cuda backend.
+  // No policy with a tier opens on the cuda backend, so the values are not looked at.
   if (pin->gpu) {
     THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
     static_cast<void>(unused);

@@ -21,7 +21,11 @@ constexpr KernelTable kTable = {
     .open = call<cuda::launch_open, View, U32, const PolicyParams&, U32, bool>,
     .prefill =
         call<cuda::launch_prefill, View, U32, U32, const void*, const void*, cuda::Element, U32>,
-    .prefill_end = call<cuda::launch_prefill_end, View, U32, U32>,
+    .prefill_queries = call<cuda::launch_prefill_queries, View, U32, const PolicyParams&, U32,
+                            const void*, cuda::Element, const cuda::Prompt&>,
+    .prefill_end =
+        call<cuda::launch_prefill_end, View, U32, const PolicyParams&, const cuda::Prompt&>,
+    .classes = call<cuda::launch_classes, View, U32, U32, const uint8_t*, U32>,
     .close = call<cuda::launch_close, View, U32>,
     .evict = call<cuda::launch_evict, View, U32, const U32*, U32>,
     .trim = call<cuda::launch_trim, View, U32, U32>,
@@ -41,6 +45,8 @@ constexpr KernelTable kTable = {
     .open_pages = cuda::open_pages,
     .prefill_pages = cuda::prefill_pages,
     .prefill_end_pages = cuda::prefill_end_pages,
+    .class_pages = cuda::class_pages,
+    .classes_max = cuda::classes_max,
     .step_pages = cuda::step_pages,
     .recode_pages = cuda::recode_pages,
     .rank_memory_tokens = cuda::rank_memory_tokens,

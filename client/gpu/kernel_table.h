@@ -22,7 +22,12 @@ struct KernelTable {
               bool trace_sparsity, StreamHandle);
   int (*prefill)(const cuda::BatchView&, uint32_t root, uint32_t layer, const void* k,
                  const void* v, cuda::Element, uint32_t tokens, StreamHandle);
-  int (*prefill_end)(const cuda::BatchView&, uint32_t root, uint32_t tokens, StreamHandle);
+  int (*prefill_queries)(const cuda::BatchView&, uint32_t root, const PolicyParams&, uint32_t layer,
+                         const void* q, cuda::Element, const cuda::Prompt&, StreamHandle);
+  int (*prefill_end)(const cuda::BatchView&, uint32_t root, const PolicyParams&,
+                     const cuda::Prompt&, StreamHandle);
+  int (*classes)(const cuda::BatchView&, uint32_t root, uint32_t first, const uint8_t* classes,
+                 uint32_t count, StreamHandle);
   int (*close)(const cuda::BatchView&, uint32_t root, StreamHandle);
   int (*evict)(const cuda::BatchView&, uint32_t root, const uint32_t* positions, uint32_t count,
                StreamHandle);
@@ -49,7 +54,9 @@ struct KernelTable {
   uint32_t (*open_pages)(const ModelGeometry&, const PolicyParams&);
   uint32_t (*prefill_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
   uint32_t (*prefill_end_pages)(const ModelGeometry&, const PolicyParams&, uint32_t budget,
-                                uint32_t tokens);
+                                const cuda::Prompt&);
+  uint32_t (*class_pages)(const ModelGeometry&, uint32_t end);
+  uint32_t (*classes_max)(const ModelGeometry&);
   uint32_t (*step_pages)(const ModelGeometry&, const PolicyParams&, const cuda::StepSequence&);
   uint32_t (*recode_pages)(const ModelGeometry&, const PolicyParams&, uint32_t lane_pages_max,
                            Format);

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "client/error_text.h"
 #include "client/gpu/batch.h"
+#include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/sequence.h"
+#include "thinkv/internal/limits.h"
 
 namespace thinkv::client {
 namespace {
@@ -33,6 +36,7 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::open(GpuEngine& engine,
   std::unique_ptr<GpuSequence> sequence(new GpuSequence(engine, policy, budget, root));
   sequence->traced_ = options.trace_sparsity;
   sequence->layer_given_.assign(engine.geometry().layers, 0);
+  sequence->queries_given_.assign(engine.geometry().layers, 0);
   const cuda::ContextScope context(engine.gpu());
   const int code = kernels.open(engine.view(), root.raw(), policy, budget, options.trace_sparsity,
                                 engine.stream());
@@ -54,9 +58,12 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
   copy->settled_from_ = settled_from_;
   copy->traced_ = traced_;
   copy->prompt_ = prompt_;
+  copy->prompt_queries_ = prompt_queries_;
+  copy->classes_end_ = classes_end_;
   copy->generated_ = generated_;
   copy->lane_pages_ = lane_pages_;
   copy->layer_given_ = layer_given_;
+  copy->queries_given_ = queries_given_;
   const cuda::ContextScope context(engine_->gpu());
   const int code =
       engine_->kernels().copy(engine_->view(), root_.raw(), root.raw(), engine_->stream());
@@ -126,19 +133,86 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   return {};
 }
 
+Status GpuSequence::prefill_queries(uint32_t layer, const void* q, cuda::Element element,
+                                    uint32_t count) {
+  if (!prompt_open_) {
+    return make_error(kInvalidArgument, "queries come between prefill and prefill_end");
+  }
+  if (layer >= engine_->geometry().layers) {
+    return make_error(kInvalidArgument, "there is no such layer");
+  }
+  if (count == 0 || count > kScoreWindowMax || count > prompt_) {
+    return make_error(kInvalidArgument,
+                      "the newest queries of the prompt are expected: 1 to 64, at most its tokens");
+  }
+  if (layer_given_[layer] == 0 || queries_given_[layer] != 0) {
+    return make_error(kInvalidArgument, "queries come once a layer, after its keys and values");
+  }
+  if (prompt_queries_ != 0 && prompt_queries_ != count) {
+    return make_error(kInvalidArgument, "every layer takes the same number of queries");
+  }
+  const auto lock = engine_->lock();
+  THINKV_TRY(engine_->refuse_capture("queries of a prompt cannot be given"));
+  const cuda::ContextScope context(engine_->gpu());
+  const int code =
+      engine_->kernels().prefill_queries(engine_->view(), root_.raw(), policy_, layer, q, element,
+                                         {.tokens = prompt_, .queries = count}, engine_->stream());
+  THINKV_TRY(GpuEngine::launched(code, "prefill_queries"));
+  prompt_queries_ = count;
+  queries_given_[layer] = 1;
+  return {};
+}
+
+Status GpuSequence::token_classes(uint32_t first, std::span<const uint8_t> classes) {
+  if (first > limits::kTokensMax || classes.size() > limits::kTokensMax - first) {
+    return make_error(kInvalidArgument, "a sequence holds at most 16,777,216 tokens");
+  }
+  if (classes.empty() || !policy::reads_classes(policy_)) return {};
+  const KernelTable& kernels = engine_->kernels();
+  const ModelGeometry& geometry = engine_->geometry();
+  const auto end = static_cast<uint32_t>(first + classes.size());
+  if (end > kernels.classes_max(geometry)) {
+    return make_error(kUnsupported, "classes of so late tokens cannot be held");
+  }
+  const auto lock = engine_->lock();
+  THINKV_TRY(engine_->refuse_capture("classes cannot be given"));
+  if (end > classes_end_) {
+    THINKV_TRY(engine_->promise(kernels.class_pages(geometry, end) -
+                                kernels.class_pages(geometry, classes_end_)));
+  }
+  const cuda::ContextScope context(engine_->gpu());
+  for (size_t done = 0; done < classes.size(); done += GpuEngine::kAnswerBytes) {
+    const size_t count = std::min<size_t>(GpuEngine::kAnswerBytes, classes.size() - done);
+    std::memcpy(engine_->answer(), classes.data() + done, count);
+    THINKV_TRY(GpuEngine::launched(
+        kernels.classes(engine_->view(), root_.raw(), static_cast<uint32_t>(first + done),
+                        static_cast<const uint8_t*>(engine_->answer()),
+                        static_cast<uint32_t>(count), engine_->stream()),
+        "classes"));
+    THINKV_TRY(engine_->synchronise());
+  }
+  classes_end_ = std::max(classes_end_, end);
+  return {};
+}
+
 Status GpuSequence::prefill_end() {
   if (!prompt_open_) return make_error(kInvalidArgument, "no prompt was given");
   if (std::find(layer_given_.begin(), layer_given_.end(), uint8_t{0}) != layer_given_.end()) {
     return make_error(kInvalidArgument, "a layer of the prompt is missing");
   }
+  if (std::adjacent_find(queries_given_.begin(), queries_given_.end(), std::not_equal_to<>()) !=
+      queries_given_.end()) {
+    return make_error(kInvalidArgument, "queries were given for some layers only");
+  }
+  const cuda::Prompt prompt{.tokens = prompt_, .queries = prompt_queries_};
   const auto lock = engine_->lock();
   const uint32_t pages =
-      engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, budget_, prompt_);
+      engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, budget_, prompt);
   THINKV_TRY(engine_->promise(pages));
   const cuda::ContextScope context(engine_->gpu());
-  THINKV_TRY(GpuEngine::launched(
-      engine_->kernels().prefill_end(engine_->view(), root_.raw(), prompt_, engine_->stream()),
-      "prefill_end"));
+  THINKV_TRY(GpuEngine::launched(engine_->kernels().prefill_end(engine_->view(), root_.raw(),
+                                                                policy_, prompt, engine_->stream()),
+                                 "prefill_end"));
   prompt_open_ = false;
   lane_pages_ += pages / engine_->geometry().lanes();
   return {};
@@ -246,7 +320,7 @@ Status GpuSequence::sparsity(std::span<float> out) {
 }
 
 cuda::StepSequence GpuSequence::before_step(uint32_t generated, uint32_t lane_pages) const {
-  return {.prompt = prompt_,
+  return {.prompt = {.tokens = prompt_, .queries = prompt_queries_},
           .generated = generated,
           .lane_pages_max = lane_pages,
           .budget = budget_,

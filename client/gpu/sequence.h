@@ -36,7 +36,14 @@ class GpuSequence {
   // k, v: device memory [tokens, kv_heads, head_dim]. As kernels::Sequence::prefill.
   [[nodiscard]] Status prefill(uint32_t layer, const void* k, const void* v, cuda::Element element,
                                uint32_t tokens);
+  // q: device memory [count, q_heads, head_dim]; the work on it is in the stream when the call
+  // returns, and nothing keeps it. As kernels::Sequence::prefill_queries.
+  [[nodiscard]] Status prefill_queries(uint32_t layer, const void* q, cuda::Element element,
+                                       uint32_t count);
   [[nodiscard]] Status prefill_end();
+  // As kernels::Sequence::token_classes; waits for the stream. Errors: kUnsupported for positions
+  // that are too late, kExhausted, kQuotaExceeded.
+  [[nodiscard]] Status token_classes(uint32_t first, std::span<const uint8_t> classes);
   // Results count slots over all lanes; both wait for the stream.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
@@ -89,9 +96,12 @@ class GpuSequence {
   bool traced_ = false;
   bool prompt_open_ = false;
   uint32_t prompt_ = 0;
+  uint32_t prompt_queries_ = 0;  // of each layer that were given
+  uint32_t classes_end_ = 0;     // positions below it have a place for their class
   uint32_t generated_ = 0;
   uint32_t lane_pages_ = 0;
   std::vector<uint8_t> layer_given_;
+  std::vector<uint8_t> queries_given_;  // a flag a layer
   GpuBatch* batch_ = nullptr;
   uint32_t row_ = 0;
 };

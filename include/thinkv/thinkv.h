@@ -379,17 +379,19 @@ THINKV_API const char* thinkv_status_name(thinkv_status status);
 /* ---- hints for policies with rules ---- */
 
 /* q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt after rotary embedding,
- * in host memory; optional, for all layers or for none, each once after its prefill and before
- * prefill_end, the same count. Rules that fire at the prompt's end look at them; without them they
- * wait for the first decode steps. Policies without such rules, and so far the cuda backend, take
- * the call and ignore it. */
+ * where k and v of the prompt lie; optional, for all layers or for none, each once after its prefill
+ * and before prefill_end, the same count. Rules that fire at the prompt's end look at them; without
+ * them they wait for the first decode steps. Policies without such rules take the call and ignore
+ * it. On the cuda backend q is read in the order of the stream and not kept: it may be written
+ * again by work that comes later there. */
 THINKV_API thinkv_status thinkv_sequence_prefill_queries(thinkv_sequence* sequence, uint32_t layer,
                                                          const thinkv_tensor* q,
                                                          thinkv_error* error);
 /* Class bits (bit n: class n) of the tokens at positions first, first + 1, ...; before or after
  * they come, as often as wanted, not while a step is open. What was never given is 0. Policies
- * whose rules read no classes take the call and ignore it. Errors: EXHAUSTED, QUOTA_EXCEEDED,
- * UNSUPPORTED (rules that read classes, on the cuda backend). */
+ * whose rules read no classes take the call and ignore it. A byte a position, in pages of the
+ * sequence's metadata. On the cuda backend the call waits for the stream. Errors: EXHAUSTED,
+ * QUOTA_EXCEEDED, UNSUPPORTED (positions that are too late: millions). */
 THINKV_API thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence, uint32_t first,
                                                        const uint8_t* classes, size_t count,
                                                        thinkv_error* error);

@@ -7,6 +7,7 @@
 //     lane_page[l / lanes_per_page]    -> pages of DeviceLane, lane l = layer * kv_heads + kv head
 //     segment_page[s / segments_per_page] -> pages of policy::Segment, oldest first, last one open
 //     work_page                        -> Demotion list of the step in progress
+//     class_directory                  -> ids of pages of token classes, a byte a position
 //   DeviceLane.table[i / descriptors]  -> table pages: DeviceDescriptor [descriptors], then, where
 //                                         the policy keeps them, fp16 scores (TBE) or fp32 sums
 //                                         (rank rules) [descriptors][64]
@@ -31,7 +32,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 5;
+inline constexpr uint32_t kDeviceLayoutVersion = 6;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -68,7 +69,7 @@ struct DeviceLane {
   uint8_t mask;             // kFirstFit: the mask that was chosen
   uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
   uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
-  uint32_t reserved0;
+  float head_signal;        // of the prompt's queries or keys: truncated entropy; NaN: none
   uint32_t channels[8];  // bits [head_dim], never changed
   uint32_t table[kTablePagesMax];
 };
@@ -131,12 +132,13 @@ struct DeviceSequence {
   uint32_t prompt_queries;   // of each layer that the slots' sums hold
   uint32_t window_queries;   // of kWindow: queries since the slots were set to 0
   uint32_t query_wait;       // 1: rules of the prompt's end wait for queries
-  uint32_t reserved0;
+  uint32_t class_pages;      // ids in use of the class directory, which is there if they are not 0
   DeviceCounters counters;
   PolicyParams policy;
   uint32_t segment_page[kSegmentPagesMax];
-  uint64_t gathered_bytes;  // moved where the prompt was cut; atomics of lanes
-  uint8_t reserved1[24];
+  uint64_t gathered_bytes;   // moved where the prompt was cut; atomics of lanes
+  uint32_t class_directory;  // a page id
+  uint8_t reserved1[20];
 };
 static_assert(sizeof(DeviceSequence) ==
               128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 32);
@@ -181,6 +183,9 @@ enum RankStep : uint32_t {
 }
 [[nodiscard]] constexpr uint32_t demotions_per_page(uint32_t head_dim) {
   return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(Demotion));
+}
+[[nodiscard]] constexpr uint32_t class_pages_max(uint32_t head_dim) {
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(uint32_t));
 }
 // score_bytes: of a slot.
 [[nodiscard]] constexpr uint32_t descriptors_per_page(uint32_t head_dim, uint32_t score_bytes) {

@@ -119,10 +119,29 @@ __device__ inline void move_one_tier(const RankItem& item, const RankRule& rule,
   return mask;
 }
 
-// The first mask that holds each row (policy::first_masks) to rows.fate. No token has a class.
-__device__ inline void first_masks(const RankItem& item, const RankRule& rule, uint32_t n,
-                                   uint32_t free) {
+// rows.fixed while masks are chosen: beside those that the rule protects, tokens with a mask of
+// their own.
+inline constexpr uint8_t kFixedSpecial = 2, kFixedPunctuation = 3;
+
+[[nodiscard]] __device__ __forceinline__ uint32_t class_of_row(const RankItem& item, uint32_t i) {
+  if (item.sequence->class_pages == 0) return 0;
+  return class_of(*item.batch, item.sequence, item.rows.position[i]);
+}
+
+__device__ inline void fix_classes(const RankItem& item, const RankRule& rule, uint32_t n) {
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    if (item.rows.fixed[i] != 0) continue;
+    const uint32_t classes = class_of_row(item, i);
+    if ((classes & rule.punctuation_classes) != 0) item.rows.fixed[i] = kFixedPunctuation;
+    if ((classes & rule.special_classes) != 0) item.rows.fixed[i] = kFixedSpecial;
+  }
+  __syncthreads();
+}
+
+// The first mask that holds each row (policy::first_masks) to rows.fate.
+__device__ inline void first_masks(const RankItem& item, const RankRule& rule, uint32_t n) {
   const RankRows& rows = item.rows;
+  const uint32_t free = count_rows(*item.shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
   const uint32_t prompt = item.sequence->prompt_tokens;
   const uint32_t local = policy::percent_of(prompt, rule.local_percent);
   const uint32_t frequent = min(policy::percent_of(prompt, rule.frequent_percent), free);
@@ -130,7 +149,9 @@ __device__ inline void first_masks(const RankItem& item, const RankRule& rule, u
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
     uint32_t first = n - i <= local ? policy::kMaskLocal : policy::kMaskFull;
     if (frequent > 0 && rank_key(rows.score[i], i) >= least) first = policy::kMaskFrequent;
-    if (rows.fixed[i] != 0) first = policy::kMaskSpecial;
+    if (rows.fixed[i] != 0) {
+      first = rows.fixed[i] == kFixedPunctuation ? policy::kMaskPunctuation : policy::kMaskSpecial;
+    }
     rows.fate[i] = static_cast<uint8_t>(first);
   }
   __syncthreads();
@@ -138,17 +159,22 @@ __device__ inline void first_masks(const RankItem& item, const RankRule& rule, u
 
 // Chooses the lane's mask, and what stays under it.
 __device__ inline void fit_mask(const RankItem& item, const RankRule& rule, const LaneView& lane,
-                                const RankLimit& limit, uint32_t n, uint32_t free) {
+                                const RankLimit& limit, uint32_t n) {
   const RankRows& rows = item.rows;
   RankShared& shared = *item.shared;
   score_by_attention(rows, n);
-  first_masks(item, rule, n, free);
+  fix_classes(item, rule, n);
+  first_masks(item, rule, n);
   if (threadIdx.x == 0) shared.digit = fitting_mask(rows, n, rule.budget_low);
   __syncthreads();
   const uint32_t mask = shared.digit;
-  const uint32_t held = count_rows(shared, n, [&](uint32_t i) { return rows.fate[i] <= mask; });
+  const uint32_t of_mask = mask >= policy::kMaskPunctuation ? rule.punctuation_classes : 0;
+  const uint32_t classes = rule.classes | rule.special_classes | of_mask;
+  const uint32_t held = count_rows(shared, n, [&](uint32_t i) {
+    return rows.fate[i] <= mask && (class_of_row(item, i) & classes) == 0;
+  });
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    if (rows.fate[i] <= mask) rows.fixed[i] = 1;
+    rows.fixed[i] = rows.fate[i] <= mask ? 1 : 0;
   }
   if (threadIdx.x == 0) {
     lane.lane->mask = static_cast<uint8_t>(mask);
@@ -162,7 +188,7 @@ __device__ inline void apply_first_fit(const RankItem& item, const RankRule& rul
                                        const LaneView& lane, const RankLimit& limit, uint32_t n,
                                        uint32_t free) {
   const RankRows& rows = item.rows;
-  if (rule.at_prompt_end != 0) return fit_mask(item, rule, lane, limit, n, free);
+  if (rule.at_prompt_end != 0) return fit_mask(item, rule, lane, limit, n);
   // Without a frequent part the oldest goes, else the one with the least attention.
   const bool frequent = lane.lane->mask >= policy::kMaskFrequent;
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/channel_energy.cuh"
 #include "kernels/cuda/codec_block_encode.cuh"
 #include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/rank_rows.cuh"
@@ -160,8 +161,8 @@ __device__ THINKV_OUT_OF_LINE void load_tokens(const LaneView& lane, const uint3
   }
 }
 
-// policy::choose_channels by the keys alone, of all tokens of the lane in pages: no engine gives
-// the device queries. Requires: blockDim.x >= kDim.
+// policy::choose_channels by the keys of all tokens of the lane in pages, and by the prompt's
+// queries where they were given. Requires: blockDim.x >= kDim.
 template <int kDim>
 __device__ inline void choose_channels(const RankItem& item, const LaneView& lane, uint32_t n) {
   BlockTile& tile = item.shared->tile;
@@ -177,6 +178,10 @@ __device__ inline void choose_channels(const RankItem& item, const LaneView& lan
       const float x = tile.values[i * kDim + channel];
       energy = exact_add(energy, exact_mul(x, x));
     }
+  }
+  if (item.sequence->prompt_queries != 0 && channel < kDim) {
+    const float* of_queries = channel_energy<kDim>(lane, channel);
+    if (of_queries != nullptr) energy = exact_mul(energy, *of_queries);
   }
   constexpr float kMost = 3.40282347e+38f;
   energy = energy < kMost ? energy : kMost;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/rank_classes.cuh"
+#include "kernels/cuda/rank_groups.cuh"
 #include "kernels/cuda/rank_rows.cuh"
 
 namespace thinkv::cuda {
@@ -39,6 +41,7 @@ namespace rank_detail {
         slot_shape(view.geometry.head_dim, static_cast<uint32_t>(wide_format(view))).slots;
     return policy::tokens_of_equal_bytes(budget, least_slots(view, item.sequence->policy), wide);
   }
+  if (rule.budget == BudgetRule::kGroups) return group_limit(item, rule, budget);
   return budget;
 }
 
@@ -111,20 +114,22 @@ struct RankBudget {
 [[nodiscard]] __device__ inline RankBudget budget_of(const RankItem& item, const RankRule& rule,
                                                      const LaneView& lane) {
   const uint32_t all = item.sequence->budget_tokens;
-  if (all == kRankBudgetNone || lane.lane == nullptr) return {{0, 0, false}, false};
+  if (all == kRankBudgetNone || lane.lane == nullptr) return {{0, 0, false, 0}, false};
   const uint32_t outside = rule.counts == BudgetCount::kGenerated ? lane.lane->live_prompt : 0;
   const uint32_t counted = lane.lane->live - outside;
   const uint32_t budget = policy::percent_of(all, rule.budget_percent);
   if (rule.budget == BudgetRule::kFirstFit) {
     // Masks are chosen whether or not something has to go.
-    if (rule.at_prompt_end != 0) return {{counted, budget, false}, true};
-    const uint32_t mask = lane.lane->mask;
-    const uint32_t held = mask == policy::kMaskFull ? counted : lane.lane->mask_tokens;
+    if (rule.at_prompt_end != 0) return {{counted, budget, false, rule.classes}, true};
+    const uint32_t mask = lane.lane->mask, classes = protected_classes(rule, mask);
+    const uint32_t held = mask == policy::kMaskFull
+                              ? counted
+                              : lane.lane->mask_tokens + count_in_classes(item, lane, classes);
     const uint32_t limit = max(budget, held);
-    return {{counted, limit, mask == policy::kMaskLocal}, counted > limit};
+    return {{counted, limit, mask == policy::kMaskLocal, classes}, counted > limit};
   }
   const uint32_t limit = rank_detail::limit_of(item, rule, budget, counted);
-  return {{counted, limit, false}, counted > limit};
+  return {{counted, limit, false, rule.classes}, counted > limit};
 }
 
 // The fixed rows and the `target` best of the others: rows.fate (policy::keep_best).

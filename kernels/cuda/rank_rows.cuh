@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/class_table.cuh"
 #include "kernels/cuda/codec_block_encode.cuh"
 #include "kernels/cuda/codec_token.cuh"
 #include "kernels/cuda/compact.cuh"
@@ -82,6 +83,7 @@ struct RankLimit {
   uint32_t counted;  // tokens that the budget counts, the buffer's included
   uint32_t limit;    // of them, how many may stay
   bool local;        // of first_fit in decoding: the mask holds the newest tokens
+  uint32_t classes;  // of tokens that are protected
   [[nodiscard]] __device__ __forceinline__ bool over() const { return counted > limit; }
   [[nodiscard]] __device__ __forceinline__ uint32_t surplus() const {
     return over() ? counted - limit : 0;
@@ -305,7 +307,7 @@ __device__ __forceinline__ void for_each_token(const LaneView& lane, const Visit
   return n;
 }
 
-// rows.fixed of a lane with that limit. Token classes cannot be given on the device: all are 0.
+// rows.fixed of a lane with that limit.
 __device__ inline void protect_rows(const RankItem& item, const RankRule& rule,
                                     const RankLimit& limit, uint32_t n) {
   const DeviceSequence& s = *item.sequence;
@@ -313,7 +315,10 @@ __device__ inline void protect_rows(const RankItem& item, const RankRule& rule,
   for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
     const uint32_t where = item.rows.position[i];
     const bool outside = rule.counts == BudgetCount::kGenerated && where < s.prompt_tokens;
-    item.rows.fixed[i] = where < rule.sinks || where >= s.tokens - recent || outside ? 1 : 0;
+    const bool in_class = limit.classes != 0 && s.class_pages != 0 &&
+                          (class_of(*item.batch, &s, where) & limit.classes) != 0;
+    const bool fixed = where < rule.sinks || where >= s.tokens - recent || outside || in_class;
+    item.rows.fixed[i] = fixed ? 1 : 0;
   }
   __syncthreads();
 }

@@ -6,9 +6,9 @@
 // the host's bits.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
+#include "kernels/cuda/device_steps.cuh"
 #include "kernels/cuda/rank_rows.cuh"
 #include "kernels/policy/exact_exp.h"
 
@@ -111,31 +111,6 @@ __device__ inline void add_columns(const RankItem& item, const LaneView& lane, u
   }
   __syncthreads();
 }
-
-// Steps that are never contracted. Of both sides because exact_exp() is; the host calls none.
-struct DeviceSteps {
-#if defined(__CUDA_ARCH__)
-  static __device__ __forceinline__ float add(float a, float b) {
-    return exact_add(a, b);
-  }
-  static __device__ __forceinline__ float mul(float a, float b) {
-    return exact_mul(a, b);
-  }
-  static __device__ __forceinline__ float from_bits(uint32_t x) {
-    return __uint_as_float(x);
-  }
-#else
-  static float add(float a, float b) {
-    return a + b;
-  }
-  static float mul(float a, float b) {
-    return a * b;
-  }
-  static float from_bits(uint32_t x) {
-    return std::bit_cast<float>(x);
-  }
-#endif
-};
 
 // policy::softmax_rows of rows.number; one thread adds in ascending order.
 __device__ inline void softmax_rows(const RankItem& item, uint32_t n) {

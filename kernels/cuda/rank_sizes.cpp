@@ -80,7 +80,7 @@ uint64_t kept_at_most(const ModelGeometry& geometry, const RankRule& rule, uint3
 // that is known.
 uint32_t last_firing(const PolicyParams& policy, const RankRule& rule, const policy::Moment& moment,
                      const RankedLane& lane) {
-  const uint32_t from = std::max(lane.settled_from, lane.prompt > 0 ? 0u : 1u);
+  const uint32_t from = std::max(lane.settled_from, lane.prompt.tokens > 0 ? 0u : 1u);
   for (uint32_t at = moment.generated; at-- > from;) {
     if (policy::fires(policy, rule, rank_moment_at(policy, lane.prompt, at))) return at;
   }
@@ -102,15 +102,17 @@ uint64_t recoded_at_most(const ModelGeometry& geometry, const PolicyParams& poli
 
 }  // namespace
 
-policy::Moment rank_moment_at(const PolicyParams& policy, uint32_t prompt, uint32_t generated) {
-  const bool waits = prompt > 0 && policy::any_waits_for_queries(policy);
+policy::Moment rank_moment_at(const PolicyParams& policy, const Prompt& prompt,
+                              uint32_t generated) {
+  const bool waits =
+      prompt.tokens > 0 && prompt.queries == 0 && policy::any_waits_for_queries(policy);
   return {.generated = generated, .waiting = waits && generated <= policy.score_window};
 }
 
 uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                     const policy::Moment& moment, const RankedLane& lane) {
   if (lane.budget == kRankBudgetNone) return 0;
-  uint64_t live = uint64_t{lane.prompt} + moment.generated;
+  uint64_t live = uint64_t{lane.prompt.tokens} + moment.generated;
   uint64_t pages = 0;
   for (uint32_t i = 0; i < policy.rule_count; ++i) {
     const RankRule& rule = policy.rules[i];
@@ -126,7 +128,7 @@ uint32_t rule_pages(const ModelGeometry& geometry, const PolicyParams& policy,
     } else if (has_own_budget(rule) && rule.layer_first == 0 && rule.layer_end == 0) {
       const bool prompt_stays = rule.counts == BudgetCount::kGenerated;
       const uint64_t kept = kept_at_most(geometry, rule, lane.budget);
-      live = std::min(live, kept + (prompt_stays ? lane.prompt : 0));
+      live = std::min(live, kept + (prompt_stays ? lane.prompt.tokens : 0));
     }
   }
   return static_cast<uint32_t>(pages);

@@ -11,14 +11,14 @@ namespace thinkv::cuda {
 
 // A lane when rules fire at the end of a step or of the prompt.
 struct RankedLane {
-  uint32_t prompt;        // tokens
+  Prompt prompt;
   uint32_t pages_max;     // a bound of those in its table
   uint32_t budget;        // as launch_open's
   uint32_t settled_from;  // as StepSequence's
 };
 
-// Rules of the prompt's end wait for the first steps: no engine gives the device queries.
-[[nodiscard]] policy::Moment rank_moment_at(const PolicyParams& policy, uint32_t prompt,
+// Without the prompt's queries rules of its end wait for the first steps.
+[[nodiscard]] policy::Moment rank_moment_at(const PolicyParams& policy, const Prompt& prompt,
                                             uint32_t generated);
 
 // An upper bound of the pages that the rules of a moment take in one lane; free slots and the pages

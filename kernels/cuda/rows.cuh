@@ -48,6 +48,14 @@ __device__ __forceinline__ void from_16_bits(float (&x)[kCount], const uint32_t 
   for (int i = 0; i < kCount; ++i) x[i] = fp16_to_float(static_cast<uint16_t>(raw[i]));
 }
 
+// One element.
+[[nodiscard]] __device__ __forceinline__ float value_at(const void* rows, Element element,
+                                                        uint64_t at) {
+  if (element == Element::kF32) return static_cast<const float*>(rows)[at];
+  const uint16_t bits = static_cast<const uint16_t*>(rows)[at];
+  return element == Element::kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
+}
+
 // Thread l gets the dims l + 8 i of the vector at element `first`; zeros where not active.
 template <int kDim>
 __device__ __forceinline__ void load_row(float (&x)[kDim / 8], const void* rows, Element element,

@@ -108,12 +108,17 @@ struct BatchView {
 // An upper bound of what launch_prefill of one layer takes.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                      uint32_t tokens);
+// A prompt, and of each layer how many of its newest queries were given; 0: none.
+struct Prompt {
+  uint32_t tokens;
+  uint32_t queries = 0;
+};
 // An upper bound of what launch_prefill_end takes. budget: as launch_open's.
 [[nodiscard]] uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                         uint32_t budget, uint32_t tokens);
+                                         uint32_t budget, const Prompt& prompt);
 // A sequence before a step, as the host knows it.
 struct StepSequence {
-  uint32_t prompt;            // tokens
+  Prompt prompt;
   uint32_t generated;         // tokens
   uint32_t lane_pages_max;    // an upper bound of the pages of any of its lanes
   uint32_t budget = 0;        // as launch_open's
@@ -126,6 +131,10 @@ struct StepSequence {
 // An upper bound of what launch_recode takes.
 [[nodiscard]] uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                     uint32_t lane_pages_max, Format format);
+// What a sequence holds for classes of its tokens up to position `end`.
+[[nodiscard]] uint32_t class_pages(const ModelGeometry& geometry, uint32_t end);
+// Positions that can have a class are below it.
+[[nodiscard]] uint32_t classes_max(const ModelGeometry& geometry);
 // Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
 [[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
 // Tokens of a lane that RankMemory has to have room for before the policy's rules see a lane of
@@ -164,10 +173,24 @@ struct RankMemoryShape {
 [[nodiscard]] cudaError_t launch_centre(const BatchView& view, uint32_t root, uint32_t layer,
                                         const void* k, Element element, uint32_t tokens,
                                         cudaStream_t stream);
+// q: [prompt.queries, q_heads, head_dim] of one layer, after its launch_prefill and before
+// launch_prefill_end; read in stream order and not kept. Takes no pages. Requires: 1 to
+// min(kScoreWindowMax, prompt.tokens) queries.
+[[nodiscard]] cudaError_t launch_prefill_queries(const BatchView& view, uint32_t root,
+                                                 const PolicyParams& policy, uint32_t layer,
+                                                 const void* q, Element element,
+                                                 const Prompt& prompt, cudaStream_t stream);
 // Rank rules of the prompt's end run here: they take at most prefill_end_pages(). Uses nothing of
-// the view that belongs to a step.
-[[nodiscard]] cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
+// the view that belongs to a step. policy: the sequence's; prompt.queries: as all layers had them.
+[[nodiscard]] cudaError_t launch_prefill_end(const BatchView& view, uint32_t root,
+                                             const PolicyParams& policy, const Prompt& prompt,
                                              cudaStream_t stream);
+// Classes of the tokens at positions first, first + 1, ..; device-accessible memory. Takes what
+// class_pages() of the new end says more than of the old one. Requires: first + count is at most
+// classes_max().
+[[nodiscard]] cudaError_t launch_classes(const BatchView& view, uint32_t root, uint32_t first,
+                                         const uint8_t* classes, uint32_t count,
+                                         cudaStream_t stream);
 // Everything the sequence holds goes into the lease, its root too.
 [[nodiscard]] cudaError_t launch_close(const BatchView& view, uint32_t root, cudaStream_t stream);
 // positions: device-accessible, ascending. Newest 16 tokens are skipped by the caller.

@@ -24,12 +24,6 @@ struct CentreParams {
   uint32_t tokens;
 };
 
-__device__ __forceinline__ float value_at(const void* rows, Element element, uint64_t at) {
-  if (element == Element::kF32) return static_cast<const float*>(rows)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(rows)[at];
-  return element == Element::kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
-}
-
 struct CentreShared {
   float sums[kSums][33];  // [partial sum][channel]; 33: no two of a column in one bank
   float mean[256];

@@ -4,6 +4,7 @@
 // The copy's pages hold the same bytes as the source's, except for the page ids in them. Four
 // launches: the pages that lead to the lanes, a block a lane, what two lanes share, and the magic
 // last, so that nothing follows a copy that is not whole.
+#include "kernels/cuda/class_table.cuh"
 #include "kernels/cuda/lane.cuh"
 
 namespace thinkv::cuda {
@@ -33,6 +34,23 @@ __device__ uint32_t clone_page(const BatchView& view, uint32_t raw, uint32_t* id
   return made;
 }
 
+// The directory of token classes and its pages.
+__device__ void clone_classes(const BatchView& view, const DeviceSequence* source,
+                              DeviceSequence* sequence, uint32_t* id) {
+  const uint32_t pages = class_pages_of(source, view.geometry.head_dim);
+  if (pages == 0) return;
+  const uint32_t directory = clone_page(view, source->class_directory, id);
+  if (threadIdx.x == 0) sequence->class_directory = directory;
+  auto* ids = reinterpret_cast<uint32_t*>(directory == PageId::kNoneRaw ? nullptr
+                                                                        : page_at(view, directory));
+  if (ids == nullptr) return;
+  for (uint32_t i = 0; i < pages; ++i) {
+    __syncthreads();  // the directory is whole
+    const uint32_t made = clone_page(view, ids[i], id);
+    if (threadIdx.x == 0) ids[i] = made;
+  }
+}
+
 // One block: everything but the lanes. The new root has no magic yet.
 __global__ void copy_root_kernel(const __grid_constant__ BatchView view, uint32_t from,
                                  uint32_t root) {
@@ -54,6 +72,7 @@ __global__ void copy_root_kernel(const __grid_constant__ BatchView view, uint32_
   }
   const uint32_t work = clone_page(view, source->work_page, &id);
   if (threadIdx.x == 0) sequence->work_page = work;
+  clone_classes(view, source, sequence, &id);
   const uint32_t lane_pages = min(source->lane_pages, lane_pages_max(view.geometry.head_dim));
   for (uint32_t i = 0; i < lane_pages; ++i) {
     const uint32_t made = clone_page(view, lane_page_ids(source)[i], &id);

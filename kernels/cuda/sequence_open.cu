@@ -1,4 +1,5 @@
 // sequence_open.cu: the pages that a sequence has before its first token.
+#include "kernels/cuda/prompt_queries.h"
 #include "kernels/cuda/rank_step.cuh"
 
 namespace thinkv::cuda {
@@ -48,6 +49,7 @@ __device__ bool write_lane(const BatchView& view, DeviceLane* lane) {
   *lane = {};
   for (uint32_t& page : lane->table) page = PageId::kNoneRaw;
   lane->mask = policy::kMaskFull;
+  lane->head_signal = __uint_as_float(0x7FC0'0000u);
   lane->buffer_page[0] = take_page(view.lease);
   lane->buffer_page[1] = take_page(view.lease);
   lane->table[0] = take_page(view.lease);
@@ -89,20 +91,22 @@ __global__ void open_kernel(const __grid_constant__ BatchView view,
 }
 
 __global__ void prefill_end_kernel(const __grid_constant__ BatchView view, uint32_t root,
-                                   uint32_t tokens) {
+                                   const __grid_constant__ Prompt prompt) {
   DeviceSequence* sequence = sequence_at(view, root);
   if (sequence == nullptr) return;
-  sequence->tokens = tokens;
-  sequence->prompt_tokens = tokens;
+  sequence->tokens = prompt.tokens;
+  sequence->prompt_tokens = prompt.tokens;
   const PolicyParams& p = sequence->policy;
   if (p.evict == EvictRule::kRank) {
-    // No engine gives the device the prompt's queries: the rules that look at them wait.
-    sequence->query_wait = policy::any_waits_for_queries(p) ? 1 : 0;
+    sequence->prompt_queries = min(prompt.queries, uint32_t{p.score_window});
+    sequence->window_queries = sequence->prompt_queries;
+    // Without the prompt's queries the rules that look at them wait.
+    sequence->query_wait = prompt.queries == 0 && policy::any_waits_for_queries(p) ? 1 : 0;
     sequence->rank_step = rank_plan(p, rank_moment(sequence, 0));
     sequence->over_budget = 0;
   }
   policy::Segment* first = segment_at(view, sequence, 0);
-  if (first != nullptr) first->start = tokens;
+  if (first != nullptr) first->start = prompt.tokens;
 }
 
 __global__ void budget_kernel(const __grid_constant__ BatchView view, uint32_t root,
@@ -122,10 +126,39 @@ cudaError_t launch_open(const BatchView& view, uint32_t root, const PolicyParams
   return launch(open_kernel, {.blocks = 1, .threads = kThreads}, stream, view, params);
 }
 
-cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, uint32_t tokens,
-                               cudaStream_t stream) {
+cudaError_t launch_prefill_queries(const BatchView& view, uint32_t root, const PolicyParams& policy,
+                                   uint32_t layer, const void* q, Element element,
+                                   const Prompt& prompt, cudaStream_t stream) {
+  if (layer >= view.geometry.layers || prompt.queries == 0 || prompt.queries > prompt.tokens ||
+      prompt.queries > kScoreWindowMax) {
+    return cudaErrorInvalidValue;
+  }
+  if (policy.evict != EvictRule::kRank) return cudaSuccess;
+  const QueryParams params{
+      .q = q,
+      .element = element,
+      .root = root,
+      .layer = layer,
+      .tokens = prompt.tokens,
+      .count = prompt.queries,
+      .used = prompt.queries < policy.score_window ? prompt.queries : policy.score_window};
+  cudaError_t error = cudaSuccess;
+  if (policy::reads_entropy(policy)) error = launch_query_entropy(view, params, stream);
+  if (error != cudaSuccess) return error;
+  if (policy::leaves_channels_out(policy)) error = launch_query_energy(view, params, stream);
+  if (error != cudaSuccess || !policy::keeps_sums(policy)) return error;
+  return launch_query_attention(view, policy, params, stream);
+}
+
+cudaError_t launch_prefill_end(const BatchView& view, uint32_t root, const PolicyParams& policy,
+                               const Prompt& prompt, cudaStream_t stream) {
+  const bool ranks = policy.evict == EvictRule::kRank;
+  if (ranks && prompt.queries == 0 && policy::reads_entropy(policy)) {
+    const cudaError_t measured = launch_key_entropy(view, root, prompt.tokens, stream);
+    if (measured != cudaSuccess) return measured;
+  }
   const cudaError_t ended =
-      launch(prefill_end_kernel, {.blocks = 1, .threads = 1}, stream, view, root, tokens);
+      launch(prefill_end_kernel, {.blocks = 1, .threads = 1}, stream, view, root, prompt);
   if (ended != cudaSuccess) return ended;
   return launch_prompt_rules(view, root, stream);
 }

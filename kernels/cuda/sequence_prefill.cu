@@ -7,6 +7,7 @@
 #include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/prompt_pages.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -24,57 +25,6 @@ struct PrefillParams {
   uint32_t layer;
   uint32_t tokens;
 };
-
-// A prompt as pages: sink pages first.
-struct PromptPages {
-  Format sink_format;
-  Format other_format;
-  uint32_t sinks;  // tokens
-  uint32_t sink_slots;
-  uint32_t other_slots;
-  uint32_t sink_pages;
-  uint32_t pages;  // of a lane
-};
-
-// One page of it.
-struct PromptPage {
-  Format format;
-  uint32_t first;  // token
-  uint32_t count;
-  uint32_t slots;
-};
-
-__device__ __forceinline__ PromptPages split_prompt(const BatchView& view,
-                                                    const DeviceSequence* sequence,
-                                                    uint32_t tokens) {
-  const PolicyParams& p = sequence->policy;
-  PromptPages split{};
-  if (!format_valid(static_cast<uint8_t>(p.sink_format)) ||
-      !format_valid(static_cast<uint8_t>(p.prompt_format))) {
-    raise_fault(view.lease, kBadMetadata);
-    return split;  // no pages
-  }
-  const uint32_t dim = view.geometry.head_dim;
-  split.sink_format = resolve_format(view, p.sink_format);
-  split.other_format = resolve_format(view, p.prompt_format);
-  split.sinks = split.sink_format == split.other_format ? 0 : min(tokens, p.sink_tokens);
-  split.sink_slots = slot_shape(dim, static_cast<uint32_t>(split.sink_format)).slots;
-  split.other_slots = slot_shape(dim, static_cast<uint32_t>(split.other_format)).slots;
-  split.sink_pages = (split.sinks + split.sink_slots - 1) / split.sink_slots;
-  split.pages =
-      split.sink_pages + (tokens - split.sinks + split.other_slots - 1) / split.other_slots;
-  return split;
-}
-
-__device__ __forceinline__ PromptPage prompt_page(const PromptPages& split, uint32_t tokens,
-                                                  uint32_t index) {
-  if (index < split.sink_pages) {
-    const uint32_t first = index * split.sink_slots;
-    return {split.sink_format, first, min(split.sinks - first, split.sink_slots), split.sink_slots};
-  }
-  const uint32_t first = split.sinks + (index - split.sink_pages) * split.other_slots;
-  return {split.other_format, first, min(tokens - first, split.other_slots), split.other_slots};
-}
 
 // Result: false where the table cannot hold the pages.
 __device__ bool grow_tables(const LaneView& lane, uint32_t pages) {

@@ -1,5 +1,6 @@
 // sequence_requests.cu: what is asked of one sequence between steps: evict by position, keep
 // the newest, recode a range, close.
+#include "kernels/cuda/class_table.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/lane_write.cuh"
 #include "kernels/cuda/recode.cuh"
@@ -182,8 +183,15 @@ __global__ void close_root_kernel(const __grid_constant__ BatchView view, uint32
   for (uint32_t i = threadIdx.x; i < sequence->segment_pages; i += blockDim.x) {
     give_if_good(view, sequence->segment_page[i]);
   }
+  const uint32_t class_pages = class_pages_of(sequence, dim);
+  const auto* classes = reinterpret_cast<const uint32_t*>(
+      class_pages == 0 ? nullptr : page_at(view, sequence->class_directory));
+  for (uint32_t i = threadIdx.x; i < class_pages && classes != nullptr; i += blockDim.x) {
+    give_if_good(view, classes[i]);
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
+  if (classes != nullptr) give_page(view.lease, sequence->class_directory);
   give_if_good(view, sequence->work_page);
   sequence->magic = 0;  // nobody follows a root that is closed
   give_page(view.lease, root);

@@ -85,13 +85,13 @@ uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy
 }
 
 uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                           uint32_t budget, uint32_t tokens) {
+                           uint32_t budget, const Prompt& prompt) {
   if (policy.evict != EvictRule::kRank) return 0;
   const uint32_t before =
-      divide_up(prefill_pages(geometry, policy, tokens), std::max(geometry.kv_heads, 1u));
+      divide_up(prefill_pages(geometry, policy, prompt.tokens), std::max(geometry.kv_heads, 1u));
   const uint32_t pages =
-      rule_pages(geometry, policy, rank_moment_at(policy, tokens, 0),
-                 {.prompt = tokens, .pages_max = before, .budget = budget, .settled_from = 0});
+      rule_pages(geometry, policy, rank_moment_at(policy, prompt, 0),
+                 {.prompt = prompt, .pages_max = before, .budget = budget, .settled_from = 0});
   if (pages == 0) return 0;
   return geometry.lanes() * (pages + more_tables(geometry, policy, before, pages));
 }
@@ -121,7 +121,7 @@ uint32_t flush_pages(const ModelGeometry& geometry, const PolicyParams& policy, 
 uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                     const StepSequence& sequence) {
   const uint32_t generated = sequence.generated, held = sequence.lane_pages_max;
-  const uint32_t flushed = flush_pages(geometry, policy, sequence.prompt, generated);
+  const uint32_t flushed = flush_pages(geometry, policy, sequence.prompt.tokens, generated);
   uint32_t pages = flushed;
   if (policy.evict == EvictRule::kRank) {
     pages += rule_pages(geometry, policy, rank_moment_at(policy, sequence.prompt, generated + 1),
@@ -216,15 +216,23 @@ const char* rank_unsupported(const PolicyParams& policy) {
       case BudgetRule::kMaxDrop:
       case BudgetRule::kThreshold:
       case BudgetRule::kFirstFit:
-        break;
       case BudgetRule::kGroups:
-        return "budget.rule: groups runs on the host backend only so far";
+        break;
     }
     if (rule.select == RankSelect::kMedoids) {
       return "select.rule: medoids runs on the host backend only so far";
     }
   }
   return nullptr;
+}
+
+uint32_t class_pages(const ModelGeometry& geometry, uint32_t end) {
+  const uint32_t directory = end > 0 ? 1 : 0;
+  return directory + divide_up(end, page_bytes(geometry.head_dim));
+}
+
+uint32_t classes_max(const ModelGeometry& geometry) {
+  return class_pages_max(geometry.head_dim) * page_bytes(geometry.head_dim);
 }
 
 Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {

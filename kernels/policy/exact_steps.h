@@ -1,5 +1,5 @@
-// exact_steps.h: fp64 numbers in steps that are rounded once each, and a logarithm made of them: the
-// same bits on the host and on a GPU (see exact_exp.h, which is its fp32 sister).
+// exact_steps.h: fp64 numbers in steps that are rounded once each, and a logarithm made of them:
+// the same bits on the host and on a GPU (see exact_exp.h, which is its fp32 sister).
 #pragma once
 
 #include <bit>
@@ -14,6 +14,8 @@ struct PlainSteps64 {
   static constexpr double mul(double a, double b) { return a * b; }
   static constexpr double div(double a, double b) { return a / b; }
   static double sqrt(double a) { return std::sqrt(a); }
+  static constexpr uint64_t to_bits(double a) { return std::bit_cast<uint64_t>(a); }
+  static constexpr double from_bits(uint64_t a) { return std::bit_cast<double>(a); }
 };
 
 // The natural logarithm, within 4e-16 of the exact one, relative to it or to 1, whichever is more.
@@ -26,9 +28,9 @@ template <class Steps = PlainSteps64>
     x = Steps::mul(x, 0x1p54);
     e = -54;
   }
-  const auto bits = std::bit_cast<uint64_t>(x);
+  const uint64_t bits = Steps::to_bits(x);
   e += static_cast<int32_t>(bits >> 52) - 1023;
-  double m = std::bit_cast<double>((bits & 0x000F'FFFF'FFFF'FFFFu) | uint64_t{1023} << 52);
+  double m = Steps::from_bits((bits & 0x000F'FFFF'FFFF'FFFFu) | uint64_t{1023} << 52);
   if (m >= 1.4142135623730951) {
     m = Steps::mul(m, 0.5);
     e += 1;

@@ -64,8 +64,7 @@ void turn_round(std::vector<double>& g, uint32_t side, uint32_t round,
   const uint32_t half = side / 2;
   for (uint32_t i = 0; i < half; ++i) {
     const auto [p, q] = jacobi_pair(side, round, i);
-    turns[i] =
-        jacobi_turn(g[packed_place(p, p)], g[packed_place(p, q)], g[packed_place(q, q)]);
+    turns[i] = jacobi_turn(g[packed_place(p, p)], g[packed_place(p, q)], g[packed_place(q, q)]);
     turn_own(turns[i], g[packed_place(p, p)], g[packed_place(p, q)], g[packed_place(q, q)]);
   }
   for (uint32_t i = 0; i < half; ++i) {

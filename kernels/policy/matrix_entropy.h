@@ -36,7 +36,9 @@ inline constexpr double kJacobiRest = 1e-20;
   return a >= b ? a * (a + 1) / 2 + b : b * (b + 1) / 2 + a;
 }
 // Sides are even: an odd one gets a row of zeros.
-[[nodiscard]] constexpr uint32_t even_side(uint32_t side) { return side + side % 2; }
+[[nodiscard]] constexpr uint32_t even_side(uint32_t side) {
+  return side + side % 2;
+}
 
 // ---- a round ----
 
@@ -47,7 +49,8 @@ struct JacobiPair {
 [[nodiscard]] constexpr JacobiPair jacobi_pair(uint32_t side, uint32_t round, uint32_t index) {
   const uint32_t m = side - 1;
   if (index == 0) return {round, m};
-  return {(round + index) % m, (round + m - index) % m};
+  const uint32_t p = round + index, q = round + m - index;
+  return {p >= m ? p - m : p, q >= m ? q - m : q};
 }
 
 struct JacobiTurn {

@@ -26,7 +26,8 @@ void score_tokens(const QueryWork& work, uint32_t seen) {
     const float* const query = work.queries.data() + size_t{h} * work.dim;
     float* const logits = work.logits.data() + size_t{h} * seen;
     for (uint32_t t = 0; t < seen; ++t) {
-      logits[t] = policy::dot(query, work.keys.data() + size_t{t} * work.dim, work.dim) * work.scale;
+      logits[t] =
+          policy::dot(query, work.keys.data() + size_t{t} * work.dim, work.dim) * work.scale;
     }
   }
 }

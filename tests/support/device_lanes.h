@@ -162,6 +162,11 @@ class DeviceReader {
     for (uint32_t i = 0; i < header_->segment_pages; ++i) own(header_->segment_page[i]);
     own(header_->work_page);
     metadata_pages += header_->lane_pages + header_->segment_pages + 1;
+    for (uint32_t i = 0; i < header_->class_pages; ++i) {
+      own(reinterpret_cast<const uint32_t*>(pool_->address(header_->class_directory))[i]);
+    }
+    if (header_->class_pages > 0) own(header_->class_directory);
+    metadata_pages += header_->class_pages + (header_->class_pages > 0 ? 1 : 0);
     for (uint32_t index = 0; index < lanes; ++index) {
       const cuda::DeviceLane& l = lane(index);
       uint32_t free_slots[kFormatCount] = {}, live = l.buffer_count, owned_pages = 2;

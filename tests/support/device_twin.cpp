@@ -272,8 +272,33 @@ void TwinBatch::compare_lane(const Twin& t, const DeviceReader& reader, uint32_t
   }
   const kernels::Lane lane = t.state().lane(index);
   expect(lane.header().live_prompt == reader.lane(index).live_prompt, where + "live_prompt");
+  compare_rank_lane(t, reader, index);
   if (!t.same_places || t.host_flush_is_due()) return;
   expect(host_placement(lane) == reader.placement(index), where + "places");
+}
+
+void TwinBatch::give_queries(Twin& t, uint32_t layer, const cuda::Prompt& prompt) {
+  const ModelGeometry& g = options_.geometry;
+  ElementRows q(options_.element, uint64_t{prompt.queries} * g.q_heads * g.head_dim);
+  fill(q, 0, q.host.size());
+  THINKV_CHECK(t.host->prefill_queries(layer, q.host.data(), prompt.queries).has_value());
+  pool_.supply(0);
+  run(cuda::launch_prefill_queries(pool_.view(), t.root, t.host->policy(), layer, q.device(),
+                                   options_.element, prompt, nullptr));
+}
+
+// What rules keep of a lane beside its tokens.
+void TwinBatch::compare_rank_lane(const Twin& t, const DeviceReader& reader, uint32_t index) {
+  if (t.host->policy().evict != EvictRule::kRank) return;
+  const kernels::RankLane& host = t.state().lane(index).rank();
+  const cuda::DeviceLane& lane = reader.lane(index);
+  const std::string where = "lane " + std::to_string(index) + ": ";
+  expect(host.mask == lane.mask, where + "mask");
+  expect(host.mask_tokens == lane.mask_tokens, where + "mask_tokens");
+  const bool both_none = std::isnan(host.head_signal) && std::isnan(lane.head_signal);
+  expect(both_none || host.head_signal == lane.head_signal, where + "head_signal");
+  expect(host.channels_chosen == lane.channels_chosen, where + "channels_chosen");
+  expect(std::memcmp(host.channels, lane.channels, sizeof lane.channels) == 0, where + "channels");
 }
 
 void TwinBatch::compare_numbers(const Twin& t) {

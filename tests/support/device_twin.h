@@ -57,6 +57,8 @@ struct Twin {
   uint32_t root;
   uint32_t generated = 0;
   uint32_t settled_from = 0;  // of cuda::StepSequence
+  uint32_t prompt_queries = 0;
+  uint32_t classes_end = 0;  // positions below it have a place for their class
   // False once something was evicted or recoded while the host still held a full buffer, which the
   // device had flushed: tokens are the same, places are not.
   bool same_places = true;
@@ -114,7 +116,8 @@ class TwinBatch {
     pool_.root(row) = twin->root;
   }
 
-  void prefill(uint32_t row, uint32_t tokens) {
+  // Ends the prompt with as many of each layer's newest queries; 0: none are given.
+  void prefill(uint32_t row, uint32_t tokens, uint32_t queries = 0) {
     Twin& t = *twins_[row];
     const ModelGeometry& g = options_.geometry;
     for (uint32_t layer = 0; layer < g.layers; ++layer) {
@@ -126,11 +129,31 @@ class TwinBatch {
       pool_.supply(cuda::prefill_pages(g, t.host->policy(), tokens));
       run(cuda::launch_prefill(pool_.view(), t.root, layer, k.device(), v.device(),
                                options_.element, tokens, nullptr));
+      if (queries > 0) give_queries(t, layer, {.tokens = tokens, .queries = queries});
     }
+    t.prompt_queries = queries;
     THINKV_CHECK(t.host->prefill_end().has_value());
-    pool_.supply(
-        cuda::prefill_end_pages(g, t.host->policy(), t.host->policy().budget_tokens, tokens));
-    run(cuda::launch_prefill_end(pool_.view(), t.root, tokens, nullptr));
+    const PolicyParams& policy = t.host->policy();
+    const cuda::Prompt prompt{.tokens = tokens, .queries = queries};
+    pool_.supply(cuda::prefill_end_pages(g, policy, policy.budget_tokens, prompt));
+    run(cuda::launch_prefill_end(pool_.view(), t.root, policy, prompt, nullptr));
+  }
+
+  // Classes of the tokens from position `first` on.
+  void classes(uint32_t row, uint32_t first, const std::vector<uint8_t>& bits) {
+    Twin& t = *twins_[row];
+    const ModelGeometry& g = options_.geometry;
+    THINKV_CHECK(t.host->token_classes(first, bits).has_value());
+    if (bits.empty() || !policy::reads_classes(t.host->policy())) return;
+    const auto end = static_cast<uint32_t>(first + bits.size());
+    DeviceVector<uint8_t> list(bits.size());
+    std::copy(bits.begin(), bits.end(), list.data());
+    const uint32_t held = cuda::class_pages(g, t.classes_end);
+    t.classes_end = std::max(t.classes_end, end);
+    pool_.supply(cuda::class_pages(g, t.classes_end) - held);
+    run(cuda::launch_classes(pool_.view(), t.root, first, list.data(),
+                             static_cast<uint32_t>(bits.size()), nullptr));
+    expect(pool_.lease().count == 0, "class_pages() is exact");
   }
 
   // One token for every sequence.
@@ -241,6 +264,7 @@ class TwinBatch {
     if (options_.wild) return fill_wild(rows, first, count);
     for (uint64_t i = first; i < first + count; ++i) rows.set(i, normal_(random_));
   }
+  void give_queries(Twin& t, uint32_t layer, const cuda::Prompt& prompt);
   void fill_wild(ElementRows& rows, uint64_t first, uint64_t count);
   [[nodiscard]] uint32_t lane_pages_max(const Twin& t) const {
     const DeviceReader reader(pool_, t.root);
@@ -255,12 +279,13 @@ class TwinBatch {
     for (const auto& t : twins_) {
       if (!t) continue;
       const PolicyParams& policy = t->host->policy();
-      pages += cuda::step_pages(options_.geometry, policy,
-                                {.prompt = t->host->tokens() - t->generated,
-                                 .generated = t->generated,
-                                 .lane_pages_max = lane_pages_max(*t),
-                                 .budget = policy.budget_tokens,
-                                 .settled_from = t->settled_from});
+      pages += cuda::step_pages(
+          options_.geometry, policy,
+          {.prompt = {.tokens = t->host->tokens() - t->generated, .queries = t->prompt_queries},
+           .generated = t->generated,
+           .lane_pages_max = lane_pages_max(*t),
+           .budget = policy.budget_tokens,
+           .settled_from = t->settled_from});
     }
     pool_.supply(pages);
   }
@@ -270,6 +295,7 @@ class TwinBatch {
   void check_progress();
   void compare_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
   void compare_numbers(const Twin& t);
+  void compare_rank_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
   [[nodiscard]] LaneTokens host_tokens(const Twin& t, uint32_t lane) const;
 
   Options options_;

@@ -18,7 +18,7 @@ namespace thinkv::testing {
 inline constexpr const char* kRankPolicies[] = {
     "streaming-llm",     "h2o",           "snapkv", "pyramidkv", "random",
     "quantized-pruning", "thinkv-ladder", "diffkv", "fastgen",   "r-kv",
-    "dbudgetkv",         "kvcrush",       "full"};
+    "dbudgetkv",         "kvcrush",       "uncomp", "full"};
 
 inline std::optional<PolicyParams> shipped_params(const std::string& name, uint32_t budget) {
   const char* root = std::getenv("THINKV_SOURCE_DIR");
@@ -68,17 +68,41 @@ inline std::string compared_steps(TwinBatch& batch, uint32_t steps) {
   return "";
 }
 
+// What the engine tells beside keys and values.
+struct RankHints {
+  uint32_t queries = 0;  // of the prompt
+  bool classes = false;  // of all tokens, some told early, some late, some twice
+};
+
+// Classes by chance, most of them 0.
+inline std::vector<uint8_t> drawn_classes(TwinBatch& batch, uint32_t count) {
+  std::vector<uint8_t> classes(count);
+  for (uint8_t& bits : classes) {
+    bits = batch.below(4) == 0 ? static_cast<uint8_t>(batch.below(8)) : uint8_t{0};
+  }
+  return classes;
+}
+
 // One sequence with a prompt above the budget, and one that comes without a prompt.
-inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, RankTally& tally) {
+inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, RankTally& tally,
+                                   const RankHints& hints = {}) {
   TwinBatch batch({.geometry = {.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = dim},
                    .capacity = 3,
                    .extent_pages = 1024,
                    .plant_scores = true});
   batch.open(2, policy);
-  batch.prefill(2, 150);
+  if (hints.classes) batch.classes(2, 0, drawn_classes(batch, 150));
+  batch.prefill(2, 150, hints.queries);
   std::string wrong = compared(batch, "the prompt");
   batch.open(0, policy);
-  if (wrong.empty()) wrong = compared_steps(batch, 100);
+  if (hints.classes) batch.classes(0, 20, drawn_classes(batch, 30));
+  if (wrong.empty()) wrong = compared_steps(batch, 60);
+  // More than a page of positions: another page, and the newest tokens' classes are known late.
+  if (hints.classes) {
+    batch.classes(2, 140, drawn_classes(batch, page_bytes(dim)));
+    batch.copy(2);
+  }
+  if (wrong.empty()) wrong = compared_steps(batch, 40);
   batch.evict(2, {3, 5, 8, 100, 120, 160, 161});  // at most kEvictedByHand slots
   if (wrong.empty()) wrong = compared(batch, "after an eviction");
   // The next rules find more to recode than they left.
@@ -100,11 +124,11 @@ inline std::vector<uint32_t> positions_from(uint32_t first, uint32_t end) {
 // As run_rank_policy(), of six layers, and with what is asked of blocks between steps: tokens die
 // one by one and a block whole, some leave blocks for slots, and the sequence is copied.
 inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry geometry,
-                                    RankTally& tally) {
+                                    RankTally& tally, uint32_t queries = 0) {
   TwinBatch batch(
       {.geometry = geometry, .capacity = 2, .extent_pages = 2048, .plant_scores = true});
   batch.open(1, policy);
-  batch.prefill(1, 200);
+  batch.prefill(1, 200, queries);
   std::string wrong = compared(batch, "the prompt");
   batch.open(0, policy);
   if (wrong.empty()) wrong = compared_steps(batch, 70);
@@ -134,16 +158,17 @@ inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry ge
 // A lane that the kernel for most tokens takes: a prompt of `tokens`, compared when the rules that
 // wait for the first steps have fired.
 inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64,
-                                   uint32_t layers = 1) {
+                                   uint32_t layers = 1, uint32_t queries = 0) {
   TwinBatch batch({.geometry = {.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
                    .capacity = 1,
                    .extent_pages = 1024 * layers + tokens / 8,
                    .rank_tokens = tokens + 128,
                    .plant_scores = true});
   batch.open(0, policy);
-  batch.prefill(0, tokens);
+  batch.prefill(0, tokens, queries);
   std::string wrong = compared(batch, "the prompt");
-  for (uint32_t i = 0; i < policy.score_window + 2u; ++i) batch.step();
+  const uint32_t steps = queries > 0 ? 2 : policy.score_window + 2u;
+  for (uint32_t i = 0; i < steps; ++i) batch.step();
   if (wrong.empty()) wrong = compared(batch, "the first window");
   const kernels::SequenceStats stats = batch.twin(0)->host->stats();
   if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0)
@@ -177,8 +202,8 @@ inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks 
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
   const ValueType type = blocks && seed % 7 < 3 ? ValueType::kBf16 : ValueType::kFp16;
   TwinBatch batch({.geometry = {.layers = blocks ? 3u : 2u,
-                                .q_heads = 6,
-                                .kv_heads = 1 + static_cast<uint32_t>(seed % 3),
+                                .q_heads = 12,
+                                .kv_heads = 1 + static_cast<uint32_t>(seed % 4),
                                 .head_dim = dim,
                                 .value_type = type},
                    .element = static_cast<cuda::Element>(seed / 3 % 3),
@@ -187,9 +212,15 @@ inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks 
                    .seed = seed,
                    .plant_scores = true});
   batch.open(1, draw_rank_policy(batch, blocks));
-  if (batch.below(4) != 0) batch.prefill(1, 1 + batch.below(140));
+  if (batch.below(4) == 0)
+    batch.classes(1, batch.below(60), drawn_classes(batch, 1 + batch.below(150)));
+  if (batch.below(4) != 0) {
+    const uint32_t tokens = 1 + batch.below(140), most = std::min(tokens, kScoreWindowMax);
+    batch.prefill(1, tokens, batch.below(3) == 0 ? 0 : 1 + batch.below(most));
+  }
   std::string wrong = compared(batch, "the prompt");
   if (wrong.empty()) wrong = compared_steps(batch, 40);
+  if (batch.below(3) == 0) batch.classes(1, 0, drawn_classes(batch, 200));
   if (blocks) batch.evict(1, positions_from(batch.below(20), 20 + batch.below(20)));
   if (wrong.empty() && batch.below(2) == 0) {
     batch.recode(1, batch.below(20), 20 + batch.below(20), any_format(batch));

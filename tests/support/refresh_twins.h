@@ -49,7 +49,9 @@ class Twins {
                 cudaSuccess);
     }
     ASSERT_TRUE(host(row).prefill_end().has_value());
-    ASSERT_EQ(cuda::launch_prefill_end(batch.view, batch.roots[row], tokens, nullptr), cudaSuccess);
+    ASSERT_EQ(cuda::launch_prefill_end(batch.view, batch.roots[row], host(row).policy(), {tokens},
+                                       nullptr),
+              cudaSuccess);
   }
 
   void step() {

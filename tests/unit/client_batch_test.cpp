@@ -25,6 +25,9 @@ struct World {
   uint64_t rank_tokens = 0;    // of lanes that rank rules see
   uint32_t waits = 0;
   uint32_t centred_lses = 0;
+  uint32_t queries = 0;      // of a layer, as last given
+  uint32_t ended_with = 77;  // queries of the prompt that ended
+  uint32_t classes_end = 0;
   bool reads_blocks = false;  // of the last attend
 };
 World world;  // NOLINT: kernels are plain functions
@@ -43,7 +46,24 @@ const KernelTable kIdleKernels = {
                StreamHandle) { return 0; },
     .prefill = [](const BatchView&, uint32_t, uint32_t, const void*, const void*, Element, uint32_t,
                   StreamHandle) { return 0; },
-    .prefill_end = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
+    .prefill_queries =
+        [](const BatchView&, uint32_t, const PolicyParams&, uint32_t, const void*, Element,
+           const cuda::Prompt& prompt, StreamHandle) {
+          world.queries = prompt.queries;
+          return 0;
+        },
+    .prefill_end =
+        [](const BatchView&, uint32_t, const PolicyParams&, const cuda::Prompt& prompt,
+           StreamHandle) {
+          world.ended_with = prompt.queries;
+          return 0;
+        },
+    .classes =
+        [](const BatchView&, uint32_t, uint32_t first, const uint8_t*, uint32_t count,
+           StreamHandle) {
+          world.classes_end = first + count;
+          return 0;
+        },
     .close = [](const BatchView&, uint32_t, StreamHandle) { return 0; },
     .evict = [](const BatchView&, uint32_t, const uint32_t*, uint32_t, StreamHandle) { return 0; },
     .trim = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
@@ -82,7 +102,9 @@ const KernelTable kIdleKernels = {
     .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
     .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
     .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t,
-                            uint32_t) { return 0u; },
+                            const cuda::Prompt&) { return 0u; },
+    .class_pages = [](const ModelGeometry&, uint32_t) { return 0u; },
+    .classes_max = [](const ModelGeometry&) { return 200'000u; },
     // Every step flushes: the bound of a lane grows by two pages a step.
     .step_pages = [](const ModelGeometry&, const PolicyParams&,
                      const cuda::StepSequence&) { return 1u; },

@@ -26,6 +26,15 @@ TEST_P(CudaRank, AgreesWithTheHost) {
   EXPECT_GT(tally.evicted, testing::kEvictedByHand) << "the rules do nothing";
 }
 
+TEST_P(CudaRank, AgreesWithTheHostWhenItIsToldQueriesAndClasses) {
+  const auto policy = testing::shipped_params(GetParam(), 64);
+  ASSERT_TRUE(policy.has_value());
+  RankTally tally;
+  EXPECT_EQ(testing::run_rank_policy(*policy, 64, tally, {.queries = 40, .classes = true}), "");
+  if (policy->rule_count == 0) return;
+  EXPECT_GT(tally.evicted, testing::kEvictedByHand) << "the rules do nothing";
+}
+
 std::string name_of(const ::testing::TestParamInfo<const char*>& tested) {
   std::string name = tested.param;
   std::erase(name, '-');
@@ -76,7 +85,7 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
   const uint32_t wide = page_layout(Format::kK8V4, 128).slots;
   const uint32_t slots = page_layout(Format::kK4V4, 128).slots;
   const auto up = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
-  StepSequence s{.prompt = 4096, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
+  StepSequence s{.prompt = {4096}, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
   const uint32_t tables = 2, flush = up(16, wide);
   // A tenth of the budget, the 16 tokens since step 64, and 16 that a buffer could hold.
   const uint32_t settled = up(102 + 16 + 16, slots), unsettled = up(1024, slots);
@@ -86,10 +95,10 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
   EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + unsettled + 2 * tables));
   s.budget = kRankBudgetNone;
   EXPECT_LE(step_pages(g, *policy, s), g.lanes() * (flush + 1)) << "nothing is over no budget";
-  EXPECT_EQ(prefill_end_pages(g, *policy, 1024, 4096), 0u) << "the rules wait for queries";
+  EXPECT_EQ(prefill_end_pages(g, *policy, 1024, {4096}), 0u) << "the rules wait for queries";
   PolicyParams p = *policy;
   for (RankRule& rule : p.rules) rule.attention = 0.0f, rule.position = 1.0f, rule.value_norm = 0;
-  EXPECT_LE(prefill_end_pages(g, p, 1024, 32768), 2 * g.lanes() * up(1024, slots));
+  EXPECT_LE(prefill_end_pages(g, p, 1024, {32768}), 2 * g.lanes() * up(1024, slots));
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {

@@ -48,7 +48,7 @@ TEST(CudaSequence, APageListThatIsTooSmallIsCutAndSaidToBe) {
   ASSERT_EQ(
       launch_prefill(pool.view(), root, 0, rows.data(), rows.data(), Element::kF32, 40, nullptr),
       cudaSuccess);
-  ASSERT_EQ(launch_prefill_end(pool.view(), root, 40, nullptr), cudaSuccess);
+  ASSERT_EQ(launch_prefill_end(pool.view(), root, policy, {40}, nullptr), cudaSuccess);
   pool.root(0) = root;
   ASSERT_EQ(launch_begin(pool.view(), nullptr), cudaSuccess);
   ASSERT_EQ(launch_append(pool.view(), 0, rows.data(), rows.data(), Element::kF32, nullptr),
@@ -141,8 +141,8 @@ TEST(CudaSequenceSizes, BlocksTakePagesForWholeOnesOnly) {
     SCOPED_TRACE(format_info(b.format).name);
     p.rules[0].recode_format = b.format;
     EXPECT_TRUE(supported(g, p).has_value());
-    EXPECT_EQ(prefill_end_pages(g, p, 64, b.slots - 1), 0u);
-    EXPECT_EQ(prefill_end_pages(g, p, 64, 2 * b.slots - 1), g.lanes());
+    EXPECT_EQ(prefill_end_pages(g, p, 64, {b.slots - 1}), 0u);
+    EXPECT_EQ(prefill_end_pages(g, p, 64, {2 * b.slots - 1}), g.lanes());
     EXPECT_EQ(step_pages(g, p, {2 * b.slots, 23, 12, 64}),
               g.lanes() * ((2 * b.slots + 24) / b.slots));
     EXPECT_EQ(step_pages(g, p, {2 * b.slots, 24, 12, 64}), 0u);

@@ -276,7 +276,8 @@ TEST(ExactLog, IsLogWithinTwoRoundings) {
   std::mt19937_64 random(5);
   std::uniform_real_distribution<double> exponent(-700.0, 100.0);
   for (uint32_t i = 0; i < 200000; ++i) {
-    const double x = i % 2 == 0 ? std::exp(exponent(random)) : 1.0 - std::exp(exponent(random) / 70);
+    const double x =
+        i % 2 == 0 ? std::exp(exponent(random)) : 1.0 - std::exp(exponent(random) / 70);
     if (!(x > 0.0)) continue;
     const double exact = std::log(x);
     ASSERT_LE(std::fabs(exact_log(x) - exact), 4e-16 * std::max(std::fabs(exact), 1.0)) << x;

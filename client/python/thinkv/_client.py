@@ -231,6 +231,7 @@ class Sequence(Handle):
         embedding. Optional, for policies with rules that fire at the prompt's end: for all layers
         or for none, each after its prefill and before prefill_end."""
         shape = (None, self.model.q_heads, self.model.head_dim)
+        self.model.use_current_stream()
         check = as_device if self.model.on_gpu else as_input
         queries = check("q", q, shape)
         call("thinkv_sequence_prefill_queries", self._handle, layer, byref(queries.tensor))
@@ -239,6 +240,7 @@ class Sequence(Handle):
         """Class bits (0 to 255; bit n: class n) of the tokens at positions first, first + 1, ...;
         before or after they come. Optional, for policies with rules that protect classes."""
         bits = bytes(classes)
+        self.model.use_current_stream()
         call("thinkv_sequence_token_classes", self._handle, first, bits, len(bits))
 
     def prefetch(self, layer: int, q: Any) -> None:

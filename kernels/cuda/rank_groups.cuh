@@ -1,0 +1,43 @@
+// rank_groups.cuh: what a head of a layer may keep where the heads have budgets by groups
+// (kernels/sequence/rank_limits.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/rank_rows.cuh"
+
+namespace thinkv::cuda {
+namespace rank_detail {
+
+// How many heads of the lane's layer come before it, the largest signal first; `heads` where one
+// has no signal: there was no prompt. Every thread looks at all of them.
+[[nodiscard]] __device__ inline uint32_t head_rank(const RankItem& item) {
+  const uint32_t heads = item.batch->geometry.kv_heads;
+  const uint32_t first = item.layer() * heads, own = item.first_lane - first;
+  const LaneView mine = item.lane(0);
+  if (mine.lane == nullptr) return heads;
+  const float signal = mine.lane->head_signal;
+  uint32_t rank = 0;
+  for (uint32_t h = 0; h < heads; ++h) {
+    const LaneView lane = lane_view(*item.batch, item.sequence, first + h);
+    if (lane.lane == nullptr) return heads;
+    const float other = lane.lane->head_signal;
+    if (other != other) return heads;
+    rank += other > signal || (other == signal && h < own) ? 1 : 0;
+  }
+  return rank;
+}
+
+// The lane's limit. Until the sequence had more tokens than the budget, none.
+[[nodiscard]] __device__ inline uint32_t group_limit(const RankItem& item, const RankRule& rule,
+                                                     uint32_t budget) {
+  const DeviceSequence& s = *item.sequence;
+  if (policy::tokens_counted(rule, s.tokens, s.prompt_tokens) <= budget) return kRankBudgetNone;
+  const uint32_t heads = item.batch->geometry.kv_heads, rank = head_rank(item);
+  if (rank >= heads) return budget;
+  const uint32_t groups = max(min(uint32_t{rule.group_count}, kRankGroupsMax), 1u);
+  return policy::group_budget(budget, heads, rank, {rule.group_share, groups});
+}
+
+}  // namespace rank_detail
+}  // namespace thinkv::cuda
