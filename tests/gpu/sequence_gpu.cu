@@ -4,9 +4,11 @@
 //   small   a short check, for compute-sanitizer; tiny: a shorter one
 //   rank    the shipped rank policies and 100 rules drawn by chance (THINKV_SEED)
 //   blocks  the same of policies that recode to blocks of tokens
+//   prompt  policies that are told the prompt's queries and token classes; each line as it is done
 //   bench   microseconds of begin, append, flush and prefill; one line each
 //   bench-rank  microseconds of the end of a step with thinkv-ladder: where its rules fire, where
 //               not, and where they fire first, for the whole prompt
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -137,6 +139,57 @@ int check_rank() {
   return judge.exit_code();
 }
 
+// A case that says how long it took when it is done, so that one that hangs is the next one.
+template <class Run>
+void timed(Judge& judge, const std::string& what, const Run& run) {
+  const auto start = std::chrono::steady_clock::now();
+  judge(what, run());
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%s: %.2f s\n", what.c_str(), seconds.count());
+  std::fflush(stdout);
+}
+
+int check_prompt() {
+  Judge judge;
+  testing::RankTally tally;
+  for (const char* name : {"snapkv", "h2o", "thinkv-ladder", "fastgen", "uncomp"}) {
+    auto policy = testing::shipped_params(name, 64);
+    if (!policy) {
+      judge(name, "the policy cannot be read (THINKV_SOURCE_DIR)");
+      continue;
+    }
+    for (RankRule& rule : policy->rules) {  // the attention of random numbers is even
+      if (rule.budget == BudgetRule::kFirstFit) rule.budget_low = 0.4f;
+    }
+    for (const uint32_t dim : kHeadDims) {
+      timed(judge, std::string(name) + ", head_dim " + std::to_string(dim), [&] {
+        return testing::run_rank_policy(*policy, dim, tally, {.queries = 40, .classes = true});
+      });
+    }
+    timed(judge, std::string(name) + ", a long prompt",
+          [&] { return testing::run_long_prompt(*policy, cuda::kRankRowsMax + 200, 128, 1, 64); });
+  }
+  const auto uncomp = testing::shipped_params("uncomp", 50);
+  const auto think = testing::shipped_params("think", 24);
+  for (const uint32_t dim : kHeadDims) {
+    if (!uncomp || !think) break;  // said above
+    for (const uint32_t queries : {0u, 33u, 64u}) {
+      timed(judge,
+            "entropy of " + std::to_string(queries) + " queries, head_dim " + std::to_string(dim),
+            [&] { return testing::run_prompt_entropy(*uncomp, dim, queries); });
+    }
+    timed(judge, "think, head_dim " + std::to_string(dim),
+          [&] { return testing::run_block_policy(*think, geometry_of(2, 2, dim), tally, 20); });
+  }
+  const uint64_t seed = testing::seed_from_environment(20261129);
+  for (uint64_t i = 0; i < 40; ++i) {
+    timed(judge, "seed " + std::to_string(seed + i),
+          [&] { return testing::run_drawn_rules(seed + i, tally); });
+  }
+  tally.print("rules that are told of the prompt");
+  return judge.exit_code();
+}
+
 int check_blocks() {
   Judge judge;
   testing::RankTally tally;
@@ -165,6 +218,7 @@ int run(int argc, char** argv) {
   if (std::strcmp(mode, "tiny") == 0) return check(true, 3);
   if (std::strcmp(mode, "rank") == 0) return check_rank();
   if (std::strcmp(mode, "blocks") == 0) return check_blocks();
+  if (std::strcmp(mode, "prompt") == 0) return check_prompt();
   if (std::strcmp(mode, "bench-rank") == 0) {
     bench_rank(32, 32, 1200);
     bench_rank(1, 32, 32768);

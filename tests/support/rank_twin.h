@@ -176,6 +176,27 @@ inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, 
   return wrong;
 }
 
+// Budgets by groups where heads differ: of prompts shorter and longer than what the entropy looks
+// at. `queries` 0: by the keys.
+inline std::string run_prompt_entropy(const PolicyParams& policy, uint32_t dim, uint32_t queries) {
+  TwinBatch batch({.geometry = {.layers = 2, .q_heads = 9, .kv_heads = 3, .head_dim = dim},
+                   .capacity = 2,
+                   .extent_pages = 1024,
+                   .plant_scores = true});
+  batch.open(0, policy);
+  batch.open(1, policy);
+  batch.prefill(0, 71, queries);
+  batch.prefill(1, 203, queries);
+  std::string wrong = compared(batch, "the prompts");
+  if (wrong.empty()) wrong = compared_steps(batch, policy.score_window + 3u);
+  for (uint32_t row = 0; row < 2 && wrong.empty(); ++row) {
+    const kernels::RankLane& lane = batch.twin(row)->state().lane(0).rank();
+    if (!(lane.head_signal > 0.0f)) wrong = "no entropy was found";
+    if (batch.twin(row)->host->stats().evicted_slots == 0) wrong = "the rules did nothing";
+  }
+  return wrong;
+}
+
 inline Format any_format(TwinBatch& batch) {
   return static_cast<Format>(1 + batch.below(kFormatCount - 1));
 }

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "client/gpu/engine.h"
 #include "client/gpu/kernel_table.h"
@@ -28,6 +29,7 @@ struct World {
   uint32_t queries = 0;      // of a layer, as last given
   uint32_t ended_with = 77;  // queries of the prompt that ended
   uint32_t classes_end = 0;
+  uint32_t class_calls = 0;
   bool reads_blocks = false;  // of the last attend
 };
 World world;  // NOLINT: kernels are plain functions
@@ -62,6 +64,7 @@ const KernelTable kIdleKernels = {
         [](const BatchView&, uint32_t, uint32_t first, const uint8_t*, uint32_t count,
            StreamHandle) {
           world.classes_end = first + count;
+          ++world.class_calls;
           return 0;
         },
     .close = [](const BatchView&, uint32_t, StreamHandle) { return 0; },
@@ -305,6 +308,55 @@ TEST_F(ReserveBehind, LanesBeyondABlockGetTheirMemoryBeforeTheyAreRanked) {
   EXPECT_NE(std::string(refused.error().what).find(std::to_string(26 * world.rank_tokens)),
             std::string::npos)
       << "says how much was asked for: " << refused.error().what;
+}
+
+// ---- what the engine tells about a prompt ----
+
+TEST_F(ReserveBehind, QueriesComeOnceALayerBetweenItsKeysAndThePromptsEnd) {
+  open(0);
+  GpuSequence& s = *sequence_;
+  const auto code = [](const Status& status) {
+    return status ? ErrorCode::kOk : status.error().code;
+  };
+  float rows[64] = {};
+  EXPECT_EQ(code(s.prefill_queries(0, rows, Element::kF32, 8)), ErrorCode::kInvalidArgument);
+  ASSERT_TRUE(s.prefill(0, rows, rows, Element::kF32, 50));
+  for (const uint32_t count : {0u, 51u, 65u}) {
+    EXPECT_EQ(code(s.prefill_queries(0, rows, Element::kF32, count)), ErrorCode::kInvalidArgument);
+  }
+  EXPECT_EQ(code(s.prefill_queries(1, rows, Element::kF32, 8)), ErrorCode::kInvalidArgument);
+  ASSERT_TRUE(s.prefill_queries(0, rows, Element::kF32, 8));
+  EXPECT_EQ(world.queries, 8u);
+  EXPECT_EQ(code(s.prefill_queries(0, rows, Element::kF32, 8)), ErrorCode::kInvalidArgument);
+  ASSERT_TRUE(s.prefill_end());
+  EXPECT_EQ(world.ended_with, 8u);
+  EXPECT_EQ(code(s.prefill_queries(0, rows, Element::kF32, 8)), ErrorCode::kInvalidArgument);
+  sequence_ = sequence_of(false);
+  ASSERT_TRUE(sequence_->prefill(0, rows, rows, Element::kF32, 50));
+  ASSERT_TRUE(sequence_->prefill_end());
+  EXPECT_EQ(world.ended_with, 0u);
+}
+
+TEST_F(ReserveBehind, ClassesGoToTheGpuInPiecesWhereRulesReadThem) {
+  open(0);
+  const std::vector<uint8_t> classes(150'000, 1);
+  ASSERT_TRUE(sequence_->token_classes(5, classes));
+  EXPECT_EQ(world.classes_end, 0u) << "no rule of the policy reads them";
+  PolicyParams policy = testing::plain_policy(Format::kK4V4);
+  policy.evict = EvictRule::kRank;
+  policy.rule_count = 1;
+  policy.rules[0].classes = 1;
+  Result<std::unique_ptr<GpuSequence>> reads = GpuSequence::open(*engine_, policy, {});
+  ASSERT_TRUE(reads);
+  ASSERT_TRUE((*reads)->token_classes(5, classes));
+  EXPECT_EQ(world.classes_end, 150'005u);
+  EXPECT_EQ(world.class_calls, 3u) << "64 KiB at a time";
+  const Status late = (*reads)->token_classes(60'000, classes);
+  ASSERT_FALSE(late);
+  EXPECT_EQ(late.error().code, ErrorCode::kUnsupported);
+  const Status beyond = (*reads)->token_classes(0xFFFF'FFFFu, std::span(classes).first(1));
+  ASSERT_FALSE(beyond);
+  EXPECT_EQ(beyond.error().code, ErrorCode::kInvalidArgument);
 }
 
 TEST_F(ReserveBehind, TheFirstReserveHasNothingToAskFor) {
