@@ -34,18 +34,46 @@ scores: {{decay: 0.9, every: 1, reduce: mean-probability}}
 """
 
 
+# What is protected does not depend on attention, of which both sides have other last bits.
+CLASSES = """\
+name: small-classes
+description: the newest tokens and those of two classes
+formats:
+  prompt: f16
+  thoughts: {reasoning: f16, execution: f16, transition: f16}
+rotation: none
+labels: one class
+evict: {rule: rank, budget: 40, grain: kv_head}
+rules:
+  - trigger: {prompt_end: true, every: 16}
+    signal: {position: 1.0}
+    budget: {rule: fixed}
+    select: {rule: topk}
+    protect: {classes: [0, 2]}
+"""
+
+
 def rows(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def on_host(model, policy, prompt, steps, index):
-    """One sequence on the host backend. Result: its outputs [steps, layers] and statistics."""
-    sequence = model.sequence(policy=policy)
+def tell(sequence, index, prompt, queries, array):
+    """The prompt of a sequence, with so many of its queries, and classes of all tokens."""
+    sequence.token_classes(np.random.default_rng((5, index)).integers(0, 8, prompt + 20).tolist())
+    for layer in range(LAYERS if prompt else 0):
+        sequence.prefill(layer, array(rows((0, index, layer), prompt, KV_HEADS, DIM)),
+                         array(rows((1, index, layer), prompt, KV_HEADS, DIM)))
+        if queries:
+            sequence.prefill_queries(layer, array(rows((6, index, layer), min(queries, prompt),
+                                                       Q_HEADS, DIM)))
     if prompt:
-        for layer in range(LAYERS):
-            sequence.prefill(layer, rows((0, index, layer), prompt, KV_HEADS, DIM),
-                             rows((1, index, layer), prompt, KV_HEADS, DIM))
         sequence.prefill_end()
+
+
+def on_host(model, policy, prompt, steps, index, queries, budget):
+    """One sequence on the host backend. Result: its outputs [steps, layers] and statistics."""
+    sequence = model.sequence(policy=policy, budget=budget)
+    tell(sequence, index, prompt, queries, lambda x: x)
     outs = []
     for token in range(steps):
         with model.step([sequence]) as step:
@@ -72,6 +100,7 @@ class CudaCase(ThinkvdCase):
         for select in ("attention", "medoids"):
             text = POLICY.format(select=select).replace("small-tbe", f"small-{select}")
             (self.policies / f"small-{select}.yaml").write_text(text)
+        (self.policies / "small-classes.yaml").write_text(CLASSES)
         super().start_daemon()
 
     def config_text(self):
@@ -96,20 +125,15 @@ class SameAsHost(CudaCase):
     def rows_of_batch(self, kind, token, layer, heads, indices):
         return np.concatenate([rows((kind, i, token, layer), 1, heads, DIM) for i in indices])
 
-    def compare(self, policy, prompts, steps, tolerance=3e-3):
+    def compare(self, policy, prompts, steps, tolerance=3e-3, queries=0, budget=None):
         model = self.client.model(**SHAPE)
         self.assertEqual(self.client.backend, "cuda")
         capacity = len(prompts) + 1  # a row stays empty
         batch = model.batch(capacity, tokens_max=1024)
         sequences = []
         for index, prompt in enumerate(prompts):
-            sequence = model.sequence(policy=policy)
-            for layer in range(LAYERS if prompt else 0):
-                sequence.prefill(layer,
-                                 self.gpu.array(rows((0, index, layer), prompt, KV_HEADS, DIM)),
-                                 self.gpu.array(rows((1, index, layer), prompt, KV_HEADS, DIM)))
-            if prompt:
-                sequence.prefill_end()
+            sequence = model.sequence(policy=policy, budget=budget)
+            tell(sequence, index, prompt, queries, self.gpu.array)
             batch.join(index, sequence)
             sequences.append(sequence)
         indices = range(capacity)
@@ -132,7 +156,7 @@ class SameAsHost(CudaCase):
                     self.assertTrue(np.all(sums[-1] == -math.inf))
         host_model = self.host.client.model(**SHAPE)
         for index, prompt in enumerate(prompts):
-            want, stats = on_host(host_model, policy, prompt, steps, index)
+            want, stats = on_host(host_model, policy, prompt, steps, index, queries, budget)
             for (out, lse), (host_out, host_lse) in zip(outs[index], want):
                 np.testing.assert_allclose(out, host_out[0], rtol=tolerance, atol=tolerance)
                 np.testing.assert_allclose(lse, host_lse[0], rtol=1e-3, atol=1e-3)
@@ -166,6 +190,14 @@ class SameAsHost(CudaCase):
         for policy in ("kivi", "think", "xquant"):
             with self.subTest(policy):
                 self.compare(policy, [0, 210], 66)
+
+    def test_rules_that_are_told_the_queries(self):
+        for policy in ("snapkv", "uncomp", "think"):
+            with self.subTest(policy):
+                self.compare(policy, [12, 140], 20, queries=40, budget=48)
+
+    def test_rules_that_are_told_the_classes(self):
+        self.compare("small-classes", [0, 90, 150], 40)
 
 
 class Errors(CudaCase):

@@ -120,6 +120,20 @@ class Logits(TransformersCase):
                 with self.subTest(family=family, batch=batch):
                     self.compare(family, batch)
 
+    def test_rules_of_the_prompts_end_see_its_queries(self):
+        model = self.model("llama")
+        ids, mask = ragged_prompt(2, 100, self.device)
+        for past_recording in (False, True):
+            with self.subTest(past_recording=past_recording):
+                cache = self.cache(model, "snapkv", budget=40)
+                if past_recording:
+                    cache.activate_past_recording()
+                self.run_of(model, cache, ids, mask, [])
+                for row in cache.stats():
+                    self.assertGreater(row["tokens"], 40)
+                    self.assertEqual(row["live_tokens_max"], 40)
+                cache.close()
+
     def test_sliding_layers_hold_their_window_and_no_more(self):
         model = self.model("mistral")
         cache = self.cache(model)

@@ -7,6 +7,8 @@ import torch
 from .._client import Sequence
 from ._pool import PoolModels
 
+_QUERIES = 64  # the newest that a sequence takes: rules of the prompt's end look at them
+
 
 class Prompt:
     """The sequences of one prompt pass. With `held` nothing is written before write_held(): until
@@ -17,7 +19,7 @@ class Prompt:
         self.tokens = tokens  # of the longest row, padding included
         self.padding: list[int] | None = None  # before each row; known with the first layer's mask
         self.sequences: list[list[Sequence | None]] = [[None] * batch for _ in pool.plan.groups]
-        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if held else None
+        self._held: dict[int, tuple[torch.Tensor, ...]] | None = {} if held else None
         if not held:
             self._open()
 
@@ -31,20 +33,25 @@ class Prompt:
             self.close()
             raise
 
-    def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """key, value: [batch, kv_heads, tokens, head_dim]."""
+    def take(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """query: [batch, q_heads, tokens, head_dim], of which policies see the newest; key, value:
+        [batch, kv_heads, tokens, head_dim]."""
         if self._held is not None:
-            self._held[layer] = (key, value)
+            self._held[layer] = (query[:, :, -_QUERIES:].clone(), key, value)
         else:
-            self._write(layer, key, value)
+            self._write(layer, query, key, value)
 
     def crop(self, tokens: int) -> bool:
         """Takes the last tokens back, where nothing was written. Result: whether it could."""
         if self._held is None or tokens >= self.tokens:
             return False
         self.tokens -= tokens
-        for layer, (key, value) in self._held.items():
-            self._held[layer] = (key[:, :, : self.tokens], value[:, :, : self.tokens])
+        for layer, (query, key, value) in self._held.items():
+            queries = max(0, query.shape[2] - tokens)
+            self._held[layer] = (query[:, :, :queries], key[:, :, : self.tokens],
+                                 value[:, :, : self.tokens])
         return True
 
     def end(self) -> None:
@@ -58,8 +65,8 @@ class Prompt:
             return
         self._open()
         try:
-            for layer, (key, value) in self._held.items():
-                self._write(layer, key, value)
+            for layer, held in self._held.items():
+                self._write(layer, *held)
             self._end()
         except BaseException:
             self.close()
@@ -76,7 +83,9 @@ class Prompt:
     def _row_tokens(self, row: int) -> int:
         return self.tokens - (self.padding[row] if self.padding is not None else 0)
 
-    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _write(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
         group = self.pool.plan.group_of(layer)
         i = self.pool.plan.groups.index(group)
         for row, sequence in enumerate(self.sequences[i]):
@@ -87,6 +96,9 @@ class Prompt:
             if sequence is not None and tokens > 0:
                 sequence.prefill(group.index(layer), _rows_of(key, row, tokens),
                                  _rows_of(value, row, tokens))
+                queries = min(tokens, query.shape[2], _QUERIES)
+                if queries > 0 and not group.shape.window:
+                    sequence.prefill_queries(group.index(layer), _rows_of(query, row, queries))
 
     def _end(self) -> None:
         for group in self.sequences:
@@ -101,5 +113,5 @@ class Prompt:
 
 
 def _rows_of(tensor: torch.Tensor, row: int, tokens: int) -> torch.Tensor:
-    """The last tokens of a row as [tokens, kv_heads, head_dim]."""
+    """The last tokens of a row as [tokens, heads, head_dim]."""
     return tensor[row, :, tensor.shape[2] - tokens :].transpose(0, 1).contiguous()

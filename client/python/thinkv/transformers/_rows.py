@@ -181,7 +181,7 @@ class Rows:
         if self._prompt.padding is None:
             self._prompt.padding = left_padding(mask, query.shape[0], self._tokens)
         out = fresh_attention(module, query, key, value, real_mask(mask), scale, sinks)
-        self._prompt.take(layer, key, value)
+        self._prompt.take(layer, query, key, value)
         return out
 
     def _attend_step(
