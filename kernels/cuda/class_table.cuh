@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/out_of_line.cuh"
 
 namespace thinkv::cuda {
 
@@ -25,9 +26,9 @@ namespace thinkv::cuda {
   return ids == nullptr ? nullptr : page_at(view, ids[index]);
 }
 
-[[nodiscard]] __device__ __forceinline__ uint32_t class_of(const BatchView& view,
-                                                           const DeviceSequence* sequence,
-                                                           uint32_t position) {
+[[nodiscard]] __device__ THINKV_OUT_OF_LINE inline uint32_t class_of(const BatchView& view,
+                                                                     const DeviceSequence* sequence,
+                                                                     uint32_t position) {
   const uint32_t bytes = page_bytes(view.geometry.head_dim);
   const unsigned char* page = class_page(view, sequence, position / bytes);
   return page == nullptr ? 0 : page[position % bytes];

@@ -227,20 +227,20 @@ static_assert(kEntropyBytes<256> <= 150 * 1024, "163 KiB of an A100 less what is
 template <int kDim, class Load>
 [[nodiscard]] __device__ inline float truncated_entropy(EntropyShared& shared, uint32_t n,
                                                         const Load& load) {
-  using namespace entropy_detail;
   if (n < 2) return 0.0f;
-  const auto space = EntropySpace<kDim>::at(dynamic_shared());
+  const auto space = entropy_detail::EntropySpace<kDim>::at(dynamic_shared());
   const uint32_t side = min(n, static_cast<uint32_t>(kDim)), even = policy::even_side(side);
-  make_gram<kDim>(space, shared, n, side, load);
+  entropy_detail::make_gram<kDim>(space, shared, n, side, load);
   for (uint32_t sweep = 0; sweep < policy::kJacobiSweepsMax; ++sweep) {
-    if (is_diagonal(space.gram, shared, even)) break;
+    if (entropy_detail::is_diagonal(space.gram, shared, even)) break;
     for (uint32_t round = 0; round + 1 < even; ++round) {
-      turn_round(space.gram, shared, even, round);
+      entropy_detail::turn_round(space.gram, shared, even, round);
     }
   }
-  sort_values(space.gram, shared, even);
+  entropy_detail::sort_values(space.gram, shared, even);
   if (threadIdx.x != 0) return 0.0f;
-  return policy::entropy_of_values<Steps>(shared.values, even, kDim, policy::kEntropyValues);
+  return policy::entropy_of_values<DeviceSteps64>(shared.values, even, kDim,
+                                                  policy::kEntropyValues);
 }
 
 }  // namespace thinkv::cuda

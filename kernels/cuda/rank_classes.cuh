@@ -19,8 +19,9 @@ namespace thinkv::cuda {
 
 // How many tokens of a lane have one of the classes, the buffer's included. Whole block, the same
 // result for all threads.
-[[nodiscard]] __device__ inline uint32_t count_in_classes(const RankItem& item,
-                                                          const LaneView& lane, uint32_t classes) {
+[[nodiscard]] __device__ THINKV_OUT_OF_LINE inline uint32_t count_in_classes(const RankItem& item,
+                                                                             const LaneView& lane,
+                                                                             uint32_t classes) {
   const DeviceSequence* sequence = item.sequence;
   if (classes == 0 || sequence->class_pages == 0) return 0;
   uint32_t& count = item.shared->count;

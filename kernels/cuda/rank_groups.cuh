@@ -29,8 +29,9 @@ namespace rank_detail {
 }
 
 // The lane's limit. Until the sequence had more tokens than the budget, none.
-[[nodiscard]] __device__ inline uint32_t group_limit(const RankItem& item, const RankRule& rule,
-                                                     uint32_t budget) {
+[[nodiscard]] __device__ THINKV_OUT_OF_LINE inline uint32_t group_limit(const RankItem& item,
+                                                                        const RankRule& rule,
+                                                                        uint32_t budget) {
   const DeviceSequence& s = *item.sequence;
   if (policy::tokens_counted(rule, s.tokens, s.prompt_tokens) <= budget) return kRankBudgetNone;
   const uint32_t heads = item.batch->geometry.kv_heads, rank = head_rank(item);

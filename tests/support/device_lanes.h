@@ -162,11 +162,7 @@ class DeviceReader {
     for (uint32_t i = 0; i < header_->segment_pages; ++i) own(header_->segment_page[i]);
     own(header_->work_page);
     metadata_pages += header_->lane_pages + header_->segment_pages + 1;
-    for (uint32_t i = 0; i < header_->class_pages; ++i) {
-      own(reinterpret_cast<const uint32_t*>(pool_->address(header_->class_directory))[i]);
-    }
-    if (header_->class_pages > 0) own(header_->class_directory);
-    metadata_pages += header_->class_pages + (header_->class_pages > 0 ? 1 : 0);
+    for (const uint32_t raw : class_pages()) own(raw), ++metadata_pages;
     for (uint32_t index = 0; index < lanes; ++index) {
       const cuda::DeviceLane& l = lane(index);
       uint32_t free_slots[kFormatCount] = {}, live = l.buffer_count, owned_pages = 2;
@@ -209,6 +205,14 @@ class DeviceReader {
       if (d.page == first.page && d.live == first.live && d.format == first.format + 1) ++found;
     }
     if (found != 1) wrong += "a pair's page is not in both lanes; ";
+  }
+  // The directory of token classes and its pages.
+  [[nodiscard]] std::vector<uint32_t> class_pages() const {
+    if (header_->class_pages == 0) return {};
+    const auto* ids = reinterpret_cast<const uint32_t*>(pool_->address(header_->class_directory));
+    std::vector<uint32_t> pages(ids, ids + header_->class_pages);
+    pages.push_back(header_->class_directory);
+    return pages;
   }
   [[nodiscard]] uint32_t per_table() const {
     return cuda::descriptors_per_page(dim_, header_->score_bytes);
