@@ -17,8 +17,7 @@ namespace thinkv::client {
                                     std::span<const int64_t> v_shape);
 // q is not null.
 [[nodiscard]] Status prefill_queries_on_gpu(GpuSequence& sequence, uint32_t layer,
-                                            const thinkv_tensor& q,
-                                            std::span<const int64_t> shape);
+                                            const thinkv_tensor& q, std::span<const int64_t> shape);
 [[nodiscard]] Status prefill_end_on_gpu(SequenceObject& object);
 
 }  // namespace thinkv::client

@@ -380,10 +380,10 @@ THINKV_API const char* thinkv_status_name(thinkv_status status);
 
 /* q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt after rotary embedding,
  * where k and v of the prompt lie; optional, for all layers or for none, each once after its
- * prefill and before prefill_end, the same count. Rules that fire at the prompt's end look at them; without
- * them they wait for the first decode steps. Policies without such rules take the call and ignore
- * it. On the cuda backend q is read in the order of the stream and not kept: it may be written
- * again by work that comes later there. */
+ * prefill and before prefill_end, the same count. Rules that fire at the prompt's end look at them;
+ * without them they wait for the first decode steps. Policies without such rules take the call and
+ * ignore it. On the cuda backend q is read in the order of the stream and not kept: it may be
+ * written again by work that comes later there. */
 THINKV_API thinkv_status thinkv_sequence_prefill_queries(thinkv_sequence* sequence, uint32_t layer,
                                                          const thinkv_tensor* q,
                                                          thinkv_error* error);

@@ -70,7 +70,7 @@ struct DeviceLane {
   uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
   uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
   float head_signal;        // of the prompt's queries or keys: truncated entropy; NaN: none
-  uint32_t channels[8];  // bits [head_dim], never changed
+  uint32_t channels[8];     // bits [head_dim], never changed
   uint32_t table[kTablePagesMax];
 };
 static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 32 + 4 * kTablePagesMax);
