@@ -69,11 +69,13 @@ struct DeviceLane {
   uint8_t mask;             // kFirstFit: the mask that was chosen
   uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
   uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
-  float head_signal;        // of the prompt's queries or keys: truncated entropy; NaN: none
-  uint32_t channels[8];     // bits [head_dim], never changed
+  uint32_t reserved0;
+  uint32_t channels[8];  // bits [head_dim], never changed
+  float head_signal;     // of the prompt's queries or keys: truncated entropy; NaN: none
+  uint32_t reserved1[3];
   uint32_t table[kTablePagesMax];
 };
-static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 32 + 4 * kTablePagesMax);
+static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 32 + 16 + 4 * kTablePagesMax);
 static_assert(sizeof(DeviceLane) % 16 == 0);
 static_assert(offsetof(DeviceLane, buffer_score) % 4 == 0, "scores are read and written in pairs");
 
@@ -132,13 +134,14 @@ struct DeviceSequence {
   uint32_t prompt_queries;   // of each layer that the slots' sums hold
   uint32_t window_queries;   // of kWindow: queries since the slots were set to 0
   uint32_t query_wait;       // 1: rules of the prompt's end wait for queries
-  uint32_t class_pages;      // ids in use of the class directory, which is there if they are not 0
+  uint32_t reserved0;
   DeviceCounters counters;
   PolicyParams policy;
   uint32_t segment_page[kSegmentPagesMax];
   uint64_t gathered_bytes;   // moved where the prompt was cut; atomics of lanes
-  uint32_t class_directory;  // a page id
-  uint8_t reserved1[20];
+  uint32_t class_directory;  // a page id, where class_pages is not 0
+  uint32_t class_pages;      // ids in use of it
+  uint8_t reserved1[16];
 };
 static_assert(sizeof(DeviceSequence) ==
               128 + 96 + sizeof(PolicyParams) + 4 * kSegmentPagesMax + 32);
