@@ -320,11 +320,12 @@ Status GpuSequence::sparsity(std::span<float> out) {
 }
 
 cuda::StepSequence GpuSequence::before_step(uint32_t generated, uint32_t lane_pages) const {
-  return {.prompt = {.tokens = prompt_, .queries = prompt_queries_},
+  return {.prompt = prompt_,
           .generated = generated,
           .lane_pages_max = lane_pages,
           .budget = budget_,
-          .settled_from = settled_from_};
+          .settled_from = settled_from_,
+          .prompt_queries = prompt_queries_};
 }
 
 uint32_t GpuSequence::step_pages(uint32_t ahead, uint32_t lane_pages) const {

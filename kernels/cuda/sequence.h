@@ -118,12 +118,13 @@ struct Prompt {
                                          uint32_t budget, const Prompt& prompt);
 // A sequence before a step, as the host knows it.
 struct StepSequence {
-  Prompt prompt;
+  uint32_t prompt;            // tokens
   uint32_t generated;         // tokens
   uint32_t lane_pages_max;    // an upper bound of the pages of any of its lanes
   uint32_t budget = 0;        // as launch_open's
   uint32_t settled_from = 0;  // the first end of a step (0: of the prompt) after the client last
                               // recoded tokens or set a budget: rules bound what they leave then on
+  uint32_t prompt_queries = 0;  // as Prompt::queries
 };
 // An upper bound of what one step takes for one sequence; 0 for most steps.
 [[nodiscard]] uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,

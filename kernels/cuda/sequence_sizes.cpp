@@ -121,11 +121,12 @@ uint32_t flush_pages(const ModelGeometry& geometry, const PolicyParams& policy, 
 uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                     const StepSequence& sequence) {
   const uint32_t generated = sequence.generated, held = sequence.lane_pages_max;
-  const uint32_t flushed = flush_pages(geometry, policy, sequence.prompt.tokens, generated);
+  const uint32_t flushed = flush_pages(geometry, policy, sequence.prompt, generated);
   uint32_t pages = flushed;
   if (policy.evict == EvictRule::kRank) {
-    pages += rule_pages(geometry, policy, rank_moment_at(policy, sequence.prompt, generated + 1),
-                        {.prompt = sequence.prompt,
+    const Prompt prompt{.tokens = sequence.prompt, .queries = sequence.prompt_queries};
+    pages += rule_pages(geometry, policy, rank_moment_at(policy, prompt, generated + 1),
+                        {.prompt = prompt,
                          .pages_max = held,
                          .budget = sequence.budget,
                          .settled_from = sequence.settled_from});

@@ -195,7 +195,7 @@ inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
   for (uint32_t i = 0; i < policy->rule_count; ++i) policy->rules[i].random = 1.0f;
   const uint32_t held = cuda::prefill_pages(g, *policy, tokens) / g.kv_heads;
   const uint32_t of_rules =
-      cuda::step_pages(g, *policy, {{tokens}, kWindow - 1, held + kWindow / 8, kBudget});
+      cuda::step_pages(g, *policy, {tokens, kWindow - 1, held + kWindow / 8, kBudget});
   Bench b = make_bench(g, capacity, tokens, *policy, of_rules + 16 * g.lanes());
   make_rank_memory(b, tokens + kSteps);
   const auto must = [](cudaError_t error) { THINKV_CHECK(error == cudaSuccess); };

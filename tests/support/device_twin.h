@@ -279,13 +279,13 @@ class TwinBatch {
     for (const auto& t : twins_) {
       if (!t) continue;
       const PolicyParams& policy = t->host->policy();
-      pages += cuda::step_pages(
-          options_.geometry, policy,
-          {.prompt = {.tokens = t->host->tokens() - t->generated, .queries = t->prompt_queries},
-           .generated = t->generated,
-           .lane_pages_max = lane_pages_max(*t),
-           .budget = policy.budget_tokens,
-           .settled_from = t->settled_from});
+      pages += cuda::step_pages(options_.geometry, policy,
+                                {.prompt = t->host->tokens() - t->generated,
+                                 .generated = t->generated,
+                                 .lane_pages_max = lane_pages_max(*t),
+                                 .budget = policy.budget_tokens,
+                                 .settled_from = t->settled_from,
+                                 .prompt_queries = t->prompt_queries});
     }
     pool_.supply(pages);
   }

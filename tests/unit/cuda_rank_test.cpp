@@ -88,7 +88,7 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
   const uint32_t wide = page_layout(Format::kK8V4, 128).slots;
   const uint32_t slots = page_layout(Format::kK4V4, 128).slots;
   const auto up = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
-  StepSequence s{.prompt = {4096}, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
+  StepSequence s{.prompt = 4096, .generated = 79, .lane_pages_max = 1040 / wide, .budget = 1024};
   const uint32_t tables = 2, flush = up(16, wide);
   // A tenth of the budget, the 16 tokens since step 64, and 16 that a buffer could hold.
   const uint32_t settled = up(102 + 16 + 16, slots), unsettled = up(1024, slots);
