@@ -7,7 +7,6 @@
 #include "client/objects.h"
 #include "client/tensor.h"
 #include "thinkv/internal/limits.h"
-#include "thinkv/internal/rank_rule.h"
 #include "thinkv/thinkv.h"
 
 namespace thinkv::client {
@@ -19,9 +18,9 @@ Status prefill_queries(thinkv_sequence* sequence, uint32_t layer, const thinkv_t
   if (q == nullptr) return null_argument("q");
   const int64_t shape[] = {kAny, geometry.q_heads, geometry.head_dim};
   const int64_t count = q->ndim == 3 ? q->shape[0] : 1;
-  if (count > int64_t{kScoreWindowMax}) {
-    return describe(ErrorCode::kInvalidArgument, "q has %lld queries, at most %u",
-                    static_cast<long long>(count), kScoreWindowMax);
+  if (count > int64_t{limits::kTokensMax}) {
+    return describe(ErrorCode::kInvalidArgument, "q has %lld queries, more than a prompt's tokens",
+                    static_cast<long long>(count));
   }
   if (pin->gpu) return prefill_queries_on_gpu(*pin->gpu, layer, *q, shape);
   std::vector<float> rows;

@@ -141,9 +141,9 @@ Status GpuSequence::prefill_queries(uint32_t layer, const void* q, cuda::Element
   if (layer >= engine_->geometry().layers) {
     return make_error(kInvalidArgument, "there is no such layer");
   }
-  if (count == 0 || count > kScoreWindowMax || count > prompt_) {
+  if (count == 0 || count > prompt_) {
     return make_error(kInvalidArgument,
-                      "the newest queries of the prompt are expected: 1 to 64, at most its tokens");
+                      "the newest queries of the prompt are expected: at least 1, at most all");
   }
   if (layer_given_[layer] == 0 || queries_given_[layer] != 0) {
     return make_error(kInvalidArgument, "queries come once a layer, after its keys and values");

@@ -242,7 +242,7 @@ void read_scores(MapReader scores, PolicyParams* params, bool lists_keys) {
   }
   scores.choice<uint8_t>("reduce", kReduces, &params->score_reduce);
   if (params->evict != EvictRule::kRank && !lists_keys) {
-    constexpr std::array kOfRank = {"accumulate", "window"};
+    constexpr std::array kOfRank = {"accumulate", "window", "prompt_queries", "spread"};
     refuse(&scores, kOfRank, "evict.rule: rank");
     return scores.finish();
   }
@@ -251,6 +251,12 @@ void read_scores(MapReader scores, PolicyParams* params, bool lists_keys) {
   if (scores.integer32("window", {1, kScoreWindowMax}, &window)) {
     params->score_window = static_cast<uint16_t>(window);
   }
+  uint32_t queries = 0;
+  if (scores.integer32("prompt_queries", {1, kPromptQueriesMax}, &queries)) {
+    params->prompt_queries = static_cast<uint16_t>(queries);
+  }
+  bool spread = false;
+  if (scores.boolean("spread", &spread)) params->prompt_spread = spread ? 1 : 0;
   scores.finish();
 }
 

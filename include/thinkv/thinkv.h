@@ -378,7 +378,8 @@ THINKV_API const char* thinkv_status_name(thinkv_status status);
 
 /* ---- hints for policies with rules ---- */
 
-/* q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt after rotary embedding,
+/* q: [count, q_heads, head_dim], the newest queries of the prompt after rotary embedding, up to all
+ * of them: the policy's scores.prompt_queries says how many count, and scores.spread from where;
  * where k and v of the prompt lie; optional, for all layers or for none, each once after its
  * prefill and before prefill_end, the same count. Rules that fire at the prompt's end look at them;
  * without them they wait for the first decode steps. Policies without such rules take the call and

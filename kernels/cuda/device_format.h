@@ -131,7 +131,7 @@ struct DeviceSequence {
   uint32_t waiting;          // Segment.waiting of all segments: demotions for the next steps
   uint32_t rank_step;        // RankStep bits: what rank rules do at the end of this step
   uint32_t over_budget;      // a lane of this step holds more than its budget; set once
-  uint32_t prompt_queries;   // of each layer that the slots' sums hold
+  uint32_t prompt_queries;   // of each layer that were given
   uint32_t window_queries;   // of kWindow: queries since the slots were set to 0
   uint32_t query_wait;       // 1: rules of the prompt's end wait for queries
   uint32_t reserved0;

@@ -38,7 +38,7 @@ struct AttentionParams {
   float scale;
   kernels::GqaReduce reduce;
   bool rotates;
-  uint32_t first;  // of the run, in q
+  uint32_t first;  // of the run, in the sample
   uint32_t run;    // queries
 };
 
@@ -72,7 +72,9 @@ struct QuerySet {
 }
 [[nodiscard]] __device__ __forceinline__ uint32_t position_of_query(const AttentionParams& params,
                                                                     uint32_t of_run) {
-  return params.queries.tokens - params.queries.count + params.first + of_run;
+  const policy::PromptSample& sample = params.queries.sample;
+  return params.queries.tokens - sample.given +
+         policy::sampled_query(sample, params.first + of_run);
 }
 
 // Keys of the tokens from `first` on; zeros beyond the prompt. Eight threads a key.
@@ -100,7 +102,8 @@ __device__ void load_queries(const ModelGeometry& g, const AttentionParams& para
   const uint32_t group = g.group();
   for (uint32_t row = threadIdx.x / 8; row < rows; row += kThreads / 8) {  // whole warps
     const bool active = row < set.queries * group;
-    const uint32_t query = active ? params.first + set.first + row / group : 0;
+    const uint32_t older = params.queries.tokens - params.queries.count;  // not given
+    const uint32_t query = active ? position_of_query(params, set.first + row / group) - older : 0;
     const uint64_t at = (uint64_t{query} * g.q_heads + head * group + row % group) * kDim;
     float x[kDim / 8];
     load_row<kDim>(x, params.queries.q, params.queries.element, at, active);
@@ -342,8 +345,8 @@ cudaError_t launch_run(const BatchView& view, const AttentionParams& params, cud
 template <int kDim>
 cudaError_t launch_runs(const BatchView& view, AttentionParams params, cudaStream_t stream) {
   const uint32_t each = kRunRows / view.geometry.group();
-  const uint32_t end = params.queries.count;
-  for (uint32_t first = end - params.queries.used; first < end; first += each) {
+  const uint32_t end = params.queries.sample.used;
+  for (uint32_t first = 0; first < end; first += each) {
     params.first = first;
     params.run = end - first < each ? end - first : each;
     const cudaError_t launched = launch_run<kDim>(view, params, stream);

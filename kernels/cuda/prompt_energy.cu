@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kDim) energy_kernel(const __grid_constant__ Ba
   if (lane.lane == nullptr) return;
   const uint32_t group = g.group(), channel = threadIdx.x;
   float energy = 0.0f;
-  for (uint32_t i = params.count - params.used; i < params.count; ++i) {
+  for (uint32_t i = params.count - params.window; i < params.count; ++i) {
     for (uint32_t h = 0; h < group; ++h) {
       const uint64_t row = uint64_t{i} * g.q_heads + blockIdx.x * group + h;
       const float x = value_at(params.q, params.element, row * kDim + channel);

@@ -8,10 +8,11 @@
 #pragma once
 
 #include "kernels/cuda/sequence.h"
+#include "kernels/policy/prompt_sample.h"
 
 namespace thinkv::cuda {
 
-// Queries of one layer, and how many of the newest of them a kernel takes.
+// Queries of one layer, and which of them a kernel takes.
 struct QueryParams {
   const void* q;  // [count, q_heads, head_dim]
   Element element;
@@ -19,13 +20,14 @@ struct QueryParams {
   uint32_t layer;
   uint32_t tokens;  // of the prompt
   uint32_t count;
-  uint32_t used;
+  uint32_t window;              // the newest ones, whose energy counts
+  policy::PromptSample sample;  // whose attention counts
 };
 
-// Adds the attention of `used` queries to the sums. Requires: a policy that keeps sums.
+// Adds the attention of the sample to the sums. Requires: a policy that keeps sums.
 [[nodiscard]] cudaError_t launch_query_attention(const BatchView& view, const PolicyParams& policy,
                                                  const QueryParams& params, cudaStream_t stream);
-// The energy of each channel of `used` queries (channel_energy.cuh).
+// The energy of each channel of the window (channel_energy.cuh).
 [[nodiscard]] cudaError_t launch_query_energy(const BatchView& view, const QueryParams& params,
                                               cudaStream_t stream);
 // DeviceLane.head_signal of the layer's lanes, from the newest queries.

@@ -168,8 +168,9 @@ __device__ inline void sort_rows(const RankRows& rows, uint32_t n) {
 [[nodiscard]] __device__ __forceinline__ float attention_of(const DeviceSequence* s, float sum,
                                                             uint32_t position) {
   if (s->policy.score_kind == ScoreKind::kMean) {
-    const policy::Lifetimes lives{
-        .tokens = s->tokens, .prompt = s->prompt_tokens, .prompt_queries = s->prompt_queries};
+    const policy::Lifetimes lives{.tokens = s->tokens,
+                                  .prompt = s->prompt_tokens,
+                                  .queries = policy::prompt_sample(s->policy, s->prompt_queries)};
     return exact_div(sum, static_cast<float>(max(policy::lifetime(lives, position), 1u)));
   }
   if (s->policy.score_kind == ScoreKind::kWindow) {

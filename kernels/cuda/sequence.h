@@ -176,7 +176,7 @@ struct RankMemoryShape {
                                         cudaStream_t stream);
 // q: [prompt.queries, q_heads, head_dim] of one layer, after its launch_prefill and before
 // launch_prefill_end; read in stream order and not kept. Takes no pages. Requires: 1 to
-// min(kScoreWindowMax, prompt.tokens) queries.
+// prompt.tokens queries.
 [[nodiscard]] cudaError_t launch_prefill_queries(const BatchView& view, uint32_t root,
                                                  const PolicyParams& policy, uint32_t layer,
                                                  const void* q, Element element,

@@ -98,8 +98,8 @@ __global__ void prefill_end_kernel(const __grid_constant__ BatchView view, uint3
   sequence->prompt_tokens = prompt.tokens;
   const PolicyParams& p = sequence->policy;
   if (p.evict == EvictRule::kRank) {
-    sequence->prompt_queries = min(prompt.queries, uint32_t{p.score_window});
-    sequence->window_queries = sequence->prompt_queries;
+    sequence->prompt_queries = prompt.queries;
+    sequence->window_queries = policy::prompt_sample(p, prompt.queries).used;
     // Without the prompt's queries the rules that look at them wait.
     sequence->query_wait = prompt.queries == 0 && policy::any_waits_for_queries(p) ? 1 : 0;
     sequence->rank_step = rank_plan(p, rank_moment(sequence, 0));
@@ -129,8 +129,7 @@ cudaError_t launch_open(const BatchView& view, uint32_t root, const PolicyParams
 cudaError_t launch_prefill_queries(const BatchView& view, uint32_t root, const PolicyParams& policy,
                                    uint32_t layer, const void* q, Element element,
                                    const Prompt& prompt, cudaStream_t stream) {
-  if (layer >= view.geometry.layers || prompt.queries == 0 || prompt.queries > prompt.tokens ||
-      prompt.queries > kScoreWindowMax) {
+  if (layer >= view.geometry.layers || prompt.queries == 0 || prompt.queries > prompt.tokens) {
     return cudaErrorInvalidValue;
   }
   if (policy.evict != EvictRule::kRank) return cudaSuccess;
@@ -141,7 +140,8 @@ cudaError_t launch_prefill_queries(const BatchView& view, uint32_t root, const P
       .layer = layer,
       .tokens = prompt.tokens,
       .count = prompt.queries,
-      .used = prompt.queries < policy.score_window ? prompt.queries : policy.score_window};
+      .window = prompt.queries < policy.score_window ? prompt.queries : policy.score_window,
+      .sample = policy::prompt_sample(policy, prompt.queries)};
   cudaError_t error = cudaSuccess;
   if (policy::reads_entropy(policy)) error = launch_query_entropy(view, params, stream);
   if (error != cudaSuccess) return error;

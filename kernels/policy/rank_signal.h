@@ -10,20 +10,23 @@
 #include <span>
 
 #include "kernels/policy/exact_exp.h"
+#include "kernels/policy/prompt_sample.h"
 #include "thinkv/internal/rank_rule.h"
 
 namespace thinkv::policy {
 
 // How many measured queries saw the token at `position`: those of the decode steps from its own on,
-// and of the last `prompt_queries` of the prompt those not before it.
+// and of the prompt's that count those not before it.
 struct Lifetimes {
   uint32_t tokens;  // positions so far
   uint32_t prompt;
-  uint32_t prompt_queries;
+  PromptSample queries;
 };
 [[nodiscard]] constexpr uint32_t lifetime(const Lifetimes& l, uint32_t position) {
   if (position >= l.prompt) return l.tokens - position;
-  return l.tokens - l.prompt + std::min(l.prompt - position, l.prompt_queries);
+  const uint32_t later = l.prompt - position, given = l.queries.given;
+  const uint32_t seen = later >= given ? l.queries.used : sampled_from(l.queries, given - later);
+  return l.tokens - l.prompt + seen;
 }
 
 // The mean or maximum over `width` neighbours; beyond the ends is 0, and counts in the mean (as in

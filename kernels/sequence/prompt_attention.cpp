@@ -59,7 +59,7 @@ void reduce_heads(const QueryWork& work, GqaReduce reduce, uint32_t seen) {
 }  // namespace
 
 void add_prompt_attention(SequenceState& state, uint32_t lane_index, const float* q,
-                          uint32_t count) {
+                          const policy::PromptSample& sample) {
   const uint32_t dim = state.geometry.head_dim, group = state.geometry.group();
   const uint32_t tokens = state.prompt_tokens;
   const Lane lane = state.lane(lane_index);
@@ -78,9 +78,10 @@ void add_prompt_attention(SequenceState& state, uint32_t lane_index, const float
                        .scale = state.softmax_scale};
   const size_t values = size_t{group} * dim, stride = size_t{state.geometry.q_heads} * dim;
   work.queries.resize(values);
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint32_t seen = tokens - count + i + 1;
-    std::copy_n(q + i * stride, values, work.queries.data());
+  for (uint32_t i = 0; i < sample.used; ++i) {
+    const uint32_t place = policy::sampled_query(sample, i);
+    const uint32_t seen = tokens - sample.given + place + 1;
+    std::copy_n(q + place * stride, values, work.queries.data());
     if (state.policy().rotate != 0) state.kernels.rotate(work.queries.data(), group, dim);
     work.logits.resize(size_t{group} * seen);
     score_tokens(work, seen);

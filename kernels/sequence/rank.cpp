@@ -178,8 +178,8 @@ Status run_prompt_rules(SequenceState& state) {
   const PolicyParams& p = state.policy();
   // All layers or none (prefill_end).
   const bool given = state.rank.queries_given.front() != 0;
-  header.prompt_queries = given ? std::min<uint32_t>(state.rank.query_count, p.score_window) : 0;
-  header.window_queries = header.prompt_queries;
+  header.prompt_queries = given ? state.rank.query_count : 0;
+  header.window_queries = policy::prompt_sample(p, header.prompt_queries).used;
   header.waiting = !given && policy::any_waits_for_queries(p) ? 1 : 0;
   state.moment = {.generated = 0, .waiting = header.waiting != 0};
   if (!given && policy::reads_entropy(p)) measure_prompt_keys(state);

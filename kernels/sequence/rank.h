@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "kernels/policy/prompt_sample.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/sequence_state.h"
 
@@ -35,9 +36,11 @@ void run_step_rules(SequenceState& state);
 void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32_t count);
 // What the policy's rules need of the prompt where no queries were given.
 void measure_prompt_keys(SequenceState& state);
-// Adds what the newest `count` queries of the prompt look at to the sums of a lane
+// Adds what queries of the prompt look at to the sums of a lane; q: the newest sample.given ones
+//
 // (prompt_attention.cpp). q: the lane's heads in the first of them. Requires: the store keeps sums.
-void add_prompt_attention(SequenceState& state, uint32_t lane, const float* q, uint32_t count);
+void add_prompt_attention(SequenceState& state, uint32_t lane, const float* q,
+                          const policy::PromptSample& sample);
 // As Sequence::token_classes.
 [[nodiscard]] Status set_classes(SequenceState& state, uint32_t first,
                                  std::span<const uint8_t> classes);

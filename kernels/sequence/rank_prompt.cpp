@@ -42,16 +42,17 @@ void measure_prompt(SequenceState& state, uint32_t layer, const float* q, uint32
   const PolicyParams& p = state.policy();
   const size_t values = size_t{state.geometry.group()} * state.geometry.head_dim;
   const size_t stride = size_t{state.geometry.q_heads} * state.geometry.head_dim;
-  const uint32_t used = std::min<uint32_t>(count, p.score_window);
+  const uint32_t window = std::min<uint32_t>(count, p.score_window);
   for (uint32_t h = 0; h < state.geometry.kv_heads; ++h) {
     const uint32_t lane = state.lane_index(layer, h);
     if (policy::reads_entropy(p))
       state.lane(lane).rank().head_signal = query_entropy(state, h, q, count);
     if (policy::leaves_channels_out(p)) {
-      add_query_energy(state, lane, q + (count - used) * stride + h * values, used);
+      add_query_energy(state, lane, q + (count - window) * stride + h * values, window);
     }
     if (!state.store.sums) continue;
-    add_prompt_attention(state, lane, q + (count - used) * stride + h * values, used);
+    const policy::PromptSample sample = policy::prompt_sample(p, count);
+    add_prompt_attention(state, lane, q + (count - sample.given) * stride + h * values, sample);
   }
 }
 

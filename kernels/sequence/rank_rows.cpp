@@ -16,7 +16,9 @@ float attention_of(const SequenceState& state, float sum, uint32_t position) {
   const SequenceHeader& h = *state.header;
   if (state.policy().score_kind == ScoreKind::kMean) {
     const policy::Lifetimes lives{
-        .tokens = h.tokens, .prompt = h.prompt_tokens, .prompt_queries = h.prompt_queries};
+        .tokens = h.tokens,
+        .prompt = h.prompt_tokens,
+        .queries = policy::prompt_sample(state.policy(), h.prompt_queries)};
     return sum / static_cast<float>(std::max(policy::lifetime(lives, position), 1u));
   }
   if (state.policy().score_kind == ScoreKind::kWindow) {

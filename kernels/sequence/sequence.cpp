@@ -166,9 +166,9 @@ Status Sequence::prefill_queries(uint32_t layer, const float* q, uint32_t count)
   THINKV_TRY(require(state_.get(), Phase::kPrompt, "queries come between prefill and prefill_end"));
   SequenceState& s = *state_;
   THINKV_TRY(require_layer(s, layer));
-  if (q == nullptr || count == 0 || count > kScoreWindowMax || count > s.prompt_tokens) {
+  if (q == nullptr || count == 0 || count > s.prompt_tokens) {
     return make_error(kInvalidArgument,
-                      "the newest queries of the prompt are expected: 1 to 64, at most its tokens");
+                      "the newest queries of the prompt are expected: at least 1, at most all");
   }
   std::vector<uint8_t>& given = s.rank.queries_given;
   if (s.layer_given[layer] == 0 || given[layer] != 0) {

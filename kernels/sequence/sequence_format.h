@@ -171,7 +171,7 @@ struct SequenceHeader {
   uint32_t budget_tokens;   // TBE: 0 is none; rank rules: kBudgetNone is none
   uint32_t trace_sparsity;  // 0 or 1
   uint64_t data_pages;      // K/V pages, buffers included
-  uint32_t prompt_queries;  // of each layer that the slots' sums hold
+  uint32_t prompt_queries;  // of each layer that were given
   uint32_t window_queries;  // of kWindow: queries since the slots were set to 0
   VectorHeader lanes;
   VectorHeader segments;

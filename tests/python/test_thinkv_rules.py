@@ -168,8 +168,8 @@ class Rules(ThinkvdCase):
         sequence.prefill(0, self.keys[0], self.values[0])
         with self.assertRaisesRegex(ValueError, "q"):
             sequence.prefill_queries(0, self.queries[0][:, :2])
-        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "65 queries, at most 64"):
-            sequence.prefill_queries(0, rows(9, 65, Q_HEADS, DIM))
+        with self.assertRaisesRegex(thinkv.InvalidArgumentError, "at least 1, at most all"):
+            sequence.prefill_queries(0, rows(9, PROMPT + 1, Q_HEADS, DIM))
         sequence.prefill_queries(0, self.queries[0].astype(np.float16))
         with self.assertRaises(thinkv.InvalidArgumentError):
             sequence.prefill_queries(0, self.queries[0])

@@ -236,8 +236,8 @@ inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks 
   if (batch.below(4) == 0)
     batch.classes(1, batch.below(60), drawn_classes(batch, 1 + batch.below(150)));
   if (batch.below(4) != 0) {
-    const uint32_t tokens = 1 + batch.below(140), most = std::min(tokens, kScoreWindowMax);
-    batch.prefill(1, tokens, batch.below(3) == 0 ? 0 : 1 + batch.below(most));
+    const uint32_t tokens = 1 + batch.below(140);
+    batch.prefill(1, tokens, batch.below(3) == 0 ? 0 : 1 + batch.below(tokens));
   }
   std::string wrong = compared(batch, "the prompt");
   if (wrong.empty()) wrong = compared_steps(batch, 40);

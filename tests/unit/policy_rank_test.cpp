@@ -90,12 +90,43 @@ TEST(RankPool, AverageCountsTheEndsAsZeroAndMaximumDoesNot) {
 }
 
 TEST(RankLifetime, CountsTheQueriesThatSawATokenAndWereMeasured) {
-  const Lifetimes l{.tokens = 110, .prompt = 100, .prompt_queries = 8};
+  const Lifetimes l{.tokens = 110, .prompt = 100, .queries = {8, 8}};
   EXPECT_EQ(lifetime(l, 109), 1u);
   EXPECT_EQ(lifetime(l, 100), 10u);
   EXPECT_EQ(lifetime(l, 99), 11u) << "the prompt's last query and ten steps";
   EXPECT_EQ(lifetime(l, 92), 18u);
   EXPECT_EQ(lifetime(l, 0), 18u);
+}
+
+TEST(RankLifetime, QueriesFromAllOverThePromptAreCountedOneByOne) {
+  for (const auto& [prompt, given, wanted] : {std::array{100u, 100u, 7u},
+                                              {64u, 64u, 64u},
+                                              {90u, 33u, 5u},
+                                              {1u, 1u, 1u},
+                                              {50u, 49u, 48u}}) {
+    PolicyParams p;
+    p.prompt_queries = static_cast<uint16_t>(wanted);
+    p.prompt_spread = 1;
+    const PromptSample sample = prompt_sample(p, given);
+    EXPECT_EQ(sampled_query(sample, sample.used - 1), given - 1) << "the newest";
+    for (uint32_t position = 0; position < prompt; ++position) {
+      uint32_t seen = 0;
+      for (uint32_t i = 0; i < sample.used; ++i) {
+        seen += prompt - given + sampled_query(sample, i) >= position ? 1 : 0;
+      }
+      ASSERT_EQ(lifetime({prompt + 3, prompt, sample}, position), 3 + seen) << position;
+    }
+  }
+}
+
+TEST(RankLifetime, TheNewestAreAWindowOfTheirOwnLength) {
+  PolicyParams p;
+  p.score_window = 32;
+  EXPECT_EQ(prompt_sample(p, 50).given, 32u);
+  EXPECT_EQ(sampled_query(prompt_sample(p, 50), 0), 0u);
+  EXPECT_EQ(prompt_sample(p, 20).used, 20u);
+  p.prompt_queries = 40;
+  EXPECT_EQ(prompt_sample(p, 50).used, 40u);
 }
 
 TEST(RankRandom, DependsOnSeedStreamAndPositionOnly) {

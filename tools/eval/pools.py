@@ -19,7 +19,6 @@ from .policies import Run
 from .reference import Reference
 
 POOL = "6GiB"  # of address space; memory is taken as it is used
-QUERIES = 64  # of the end of the prompt, for policies that read the prompt's attention
 SAMPLE = 16  # steps between two looks at the bytes
 WINDOW = 128  # tokens at the end over which the largest bytes count
 
@@ -41,10 +40,9 @@ def open_pool(config: Config, runs: list[Run]) -> Iterator[Any]:
 
 def fill(cache: PoolCache, reference: Reference, prompt: int) -> None:
     """Prefills every sequence with the first `prompt` tokens of the text."""
-    first = max(0, prompt - QUERIES)
     for layer in range(len(reference.k)):
         cache.prefill(layer, reference.k[layer, :prompt], reference.v[layer, :prompt])
-        queries = np.ascontiguousarray(reference.q[layer, first:prompt])
+        queries = np.ascontiguousarray(reference.q[layer, :prompt])
         for sequence in cache.sequences:
             if hasattr(sequence, "prefill_queries"):
                 sequence.prefill_queries(layer, queries)

@@ -227,8 +227,8 @@ class Sequence(Handle):
         call("thinkv_sequence_prefill_end", self._handle)
 
     def prefill_queries(self, layer: int, q: Any) -> None:
-        """q: [count, q_heads, head_dim], the newest 1 to 64 queries of the prompt, after rotary
-        embedding. Optional, for policies with rules that fire at the prompt's end: for all layers
+        """q: [count, q_heads, head_dim], the newest queries of the prompt after rotary embedding,
+        up to all of them; the policy says which count. Optional, for policies with rules that fire at the prompt's end: for all layers
         or for none, each after its prefill and before prefill_end."""
         shape = (None, self.model.q_heads, self.model.head_dim)
         self.model.use_current_stream()

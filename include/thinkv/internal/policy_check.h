@@ -11,6 +11,7 @@ namespace thinkv {
 [[nodiscard]] constexpr bool rank_rules_valid(const PolicyParams& p) {
   bool ok = static_cast<uint8_t>(p.score_kind) <= 3 && p.rule_count <= kRulesMax;
   ok = ok && p.score_window >= 1 && p.score_window <= kScoreWindowMax;
+  ok = ok && p.prompt_queries <= kPromptQueriesMax && p.prompt_spread <= 1;
   ok = ok && (p.evict == EvictRule::kRank) == (p.rule_count > 0);
   for (uint32_t i = 0; ok && i < p.rule_count; ++i) ok = !rank_problem(p, i).any();
   return ok;

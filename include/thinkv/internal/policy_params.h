@@ -75,7 +75,10 @@ struct PolicyParams {
   uint8_t rule_count = 0;
   uint16_t score_window = 1;          // W: prompt queries that count; of kWindow, decode steps too
   float block_eta[2] = {0.0f, 0.0f};  // of affine block formats of 1 and 2 bits, below 0.5
-  uint32_t reserved[4] = {};
+  uint16_t prompt_queries = 0;        // whose attention counts, instead of W; 0: W
+  uint8_t prompt_spread = 0;          // 1: from all over the prompt, not the newest
+  uint8_t reserved0 = 0;
+  uint32_t reserved[3] = {};
   RankRule rules[kRulesMax] = {};
   EntropyParams entropy;
   TierParams tier;

@@ -21,7 +21,8 @@
 namespace thinkv {
 
 inline constexpr uint32_t kRulesMax = 4;
-inline constexpr uint32_t kScoreWindowMax = 64;  // prompt queries that an engine can give
+inline constexpr uint32_t kScoreWindowMax = 64;
+inline constexpr uint32_t kPromptQueriesMax = 1024;  // whose attention counts
 inline constexpr uint32_t kRankGroupsMax = 4;
 inline constexpr uint32_t kPoolWidthMax = 15;
 inline constexpr uint32_t kRankEveryMax = 1024;

@@ -7,7 +7,6 @@ import torch
 from .._client import Sequence
 from ._pool import PoolModels
 
-_QUERIES = 64  # the newest that a sequence takes: rules of the prompt's end look at them
 
 
 class Prompt:
@@ -36,10 +35,10 @@ class Prompt:
     def take(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """query: [batch, q_heads, tokens, head_dim], of which policies see the newest; key, value:
+        """query: [batch, q_heads, tokens, head_dim], for rules of the prompt's end; key, value:
         [batch, kv_heads, tokens, head_dim]."""
         if self._held is not None:
-            self._held[layer] = (query[:, :, -_QUERIES:].clone(), key, value)
+            self._held[layer] = (query, key, value)
         else:
             self._write(layer, query, key, value)
 
@@ -49,8 +48,7 @@ class Prompt:
             return False
         self.tokens -= tokens
         for layer, (query, key, value) in self._held.items():
-            queries = max(0, query.shape[2] - tokens)
-            self._held[layer] = (query[:, :, :queries], key[:, :, : self.tokens],
+            self._held[layer] = (query[:, :, : self.tokens], key[:, :, : self.tokens],
                                  value[:, :, : self.tokens])
         return True
 
@@ -96,7 +94,7 @@ class Prompt:
             if sequence is not None and tokens > 0:
                 sequence.prefill(group.index(layer), _rows_of(key, row, tokens),
                                  _rows_of(value, row, tokens))
-                queries = min(tokens, query.shape[2], _QUERIES)
+                queries = min(tokens, query.shape[2])
                 if queries > 0 and not group.shape.window:
                     sequence.prefill_queries(group.index(layer), _rows_of(query, row, queries))
 
