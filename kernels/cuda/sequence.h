@@ -22,6 +22,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/stream.h"
+#include "kernels/cuda/tier.h"
 #include "thinkv/internal/geometry.h"
 #include "thinkv/internal/policy_params.h"
 
@@ -80,6 +81,14 @@ struct RankMemory {
   uint32_t blocks;      // 0: there is no memory
 };
 
+// 16-bit pages that attention reads behind those of a lane, written for one layer before its
+// attention and used again by the next one (working.cuh). In device memory, as RankMemory.
+struct WorkingPages {
+  unsigned char* pages;  // [lanes of a layer, lane_pages]
+  uint32_t lane_pages;   // 0: there is no memory
+  uint32_t reserved;
+};
+
 // What all kernels of one model's batch share. Passed by value; all pointers are device pointers.
 struct BatchView {
   PoolView pool;
@@ -99,6 +108,10 @@ struct BatchView {
   PageView* pages;         // [layers, pages_max]
   uint16_t** score_rows;   // [layers, pages_max] fp16, or fp32 of sequences that emit sums
   LaneSparsity* sparsity;  // [layers, capacity * kv_heads]
+
+  // Null where no sequence of the batch keeps tokens outside of its pages.
+  const WorkingPages* working = nullptr;
+  const TierSequence* const* tiers = nullptr;  // [capacity], null where the sequence has no tier
 };
 
 // ---- sizes, for the host ----

@@ -9,6 +9,7 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rank_step.cuh"
 #include "kernels/cuda/step.cuh"
+#include "kernels/cuda/working.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -107,7 +108,9 @@ __global__ void __launch_bounds__(kFindThreads)
   if (layer >= view.geometry.layers) return;
   if (row % heads == 0) begin_row(view, row / heads, layer);
   const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
-  view.lane_begin[uint64_t{layer} * (rows + 1) + row] = find_lane(view, lane, view.sites[index]);
+  uint32_t entries = find_lane(view, lane, view.sites[index]);
+  if (entries != 0) entries += working_run(view, layer, row).pages();
+  view.lane_begin[uint64_t{layer} * (rows + 1) + row] = entries;
 }
 
 // The sum of all earlier threads' values, and the total.
@@ -289,15 +292,21 @@ __device__ void clear_sums(const LaneView& lane) {
   if (thread < kBufferTokens) lane.lane->buffer_sum[thread] = 0.0f;
 }
 
-// The pages of the buffer, and empty entries where the list has room that the lane does not use.
+// The pages of the buffer and, behind them, the working pages; empty entries where the list has
+// room that the lane does not use.
 __device__ __forceinline__ void list_buffer(const LaneView& lane, const ListRun& run,
-                                            uint32_t count) {
+                                            uint32_t count, const WorkingRun& working) {
   const BatchView& view = *lane.batch;
+  const uint32_t buffered = buffer_pages(count), bytes = page_bytes(lane.head_dim);
   for (uint32_t i = lane.lane->pages + threadIdx.x % 32; i < run.room; i += 32) {
     const uint32_t b = i - lane.lane->pages;
     PageView entry = nothing(view);
     uint16_t* scores = nullptr;
-    if (b < buffer_pages(count)) {
+    if (b >= buffered && b - buffered < working.pages()) {
+      const unsigned char* page = working.first + uint64_t{b - buffered} * bytes;
+      entry = {working.live(b - buffered),
+               reinterpret_cast<uint64_t>(page) | static_cast<uint64_t>(wide_format(view))};
+    } else if (b < buffered) {
       const unsigned char* page = page_at(view, lane.lane->buffer_page[b]);
       if (page != nullptr) {
         entry.live = low_slots(min(count - b * kBufferPageSlots, kBufferPageSlots));
@@ -333,7 +342,7 @@ __global__ void __launch_bounds__(kListWarps * 32)
   if (run.room == 0) return;
   const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
   if (lane.lane == nullptr) return list_nothing(view, run);
-  list_buffer(lane, run, lane.lane->buffer_count + 1);
+  list_buffer(lane, run, lane.lane->buffer_count + 1, working_run(view, layer, row));
   list_table<kDim>(lane, run);
   if ((lane.sequence->rank_step & kRankClears) != 0 && lane.score_bytes == 4) clear_sums(lane);
 }
