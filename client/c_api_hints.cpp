@@ -43,16 +43,23 @@ Status token_classes(thinkv_sequence* sequence, uint32_t first, const uint8_t* c
   return pin->report();
 }
 
+// The step is the batch's that the sequence is in: whether it has begun the device knows, and a
+// guess without a step is forgotten when the next one begins.
+Status prefetch_on_gpu(GpuSequence& sequence, uint32_t layer, const thinkv_tensor* q,
+                       std::span<const int64_t> shape) {
+  THINKV_ASSIGN_OR_RETURN(const void* data, device_input("q", q, shape));
+  THINKV_TRY(sequence.engine().check_pointer("q", data));
+  if (sequence.batch() == nullptr) {
+    return make_error(ErrorCode::kInvalidArgument, "the sequence is in no step: it has no batch");
+  }
+  return sequence.batch()->prefetch(sequence.row(), layer, data, element_of(q->dtype));
+}
+
 Status prefetch(thinkv_sequence* sequence, uint32_t layer, const thinkv_tensor* q) {
   THINKV_ASSIGN_OR_RETURN(const SequencePin pin, SequencePin::get(to_handle(sequence)));
   const ModelGeometry& geometry = pin->model->geometry;
   const int64_t shape[] = {geometry.q_heads, geometry.head_dim};
-  // No policy with a tier opens on the cuda backend, so the values are not looked at.
-  if (pin->gpu) {
-    THINKV_ASSIGN_OR_RETURN(const void* unused, device_input("q", q, shape));
-    static_cast<void>(unused);
-    return {};
-  }
+  if (pin->gpu) return prefetch_on_gpu(*pin->gpu, layer, q, shape);
   std::vector<float> rows;
   THINKV_ASSIGN_OR_RETURN(const float* data, input_rows("q", q, shape, rows));
   return pin->sequence->prefetch(layer, data);

@@ -121,7 +121,10 @@ std::vector<Handle> Children::all() const {
 Result<kernels::SequenceStats> SequenceObject::stats() {
   if (!gpu) return sequence->stats();
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers numbers, gpu->numbers());
-  return to_stats(numbers, page_bytes(model->geometry.head_dim), model->geometry.token_bytes_f16());
+  kernels::SequenceStats stats =
+      to_stats(numbers, page_bytes(model->geometry.head_dim), model->geometry.token_bytes_f16());
+  if (gpu->tier() != nullptr) stats.tier_bytes = gpu->tier()->bytes();
+  return stats;
 }
 
 // On the GPU the batch counts what every step changes: a sequence adds what only it knows.

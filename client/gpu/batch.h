@@ -60,6 +60,10 @@ class GpuBatch {
     bool measure_only = false;  // does nothing in layers where nothing is measured
   };
   [[nodiscard]] Status attend(uint32_t layer, const Attend& io);
+  // A guess of the query, [q_heads, head_dim], that the row's sequence will attend with in the step
+  // in progress: the rows of its tier are chosen by it, and not by that query. Nothing where it has
+  // no tier.
+  [[nodiscard]] Status prefetch(uint32_t row, uint32_t layer, const void* q, cuda::Element element);
   [[nodiscard]] Status end();
 
   // Steps that were reserved and that the GPU did not report yet: they may still have to run.
@@ -84,6 +88,7 @@ class GpuBatch {
   [[nodiscard]] Result<StepPages> make_room(uint32_t steps);
   [[nodiscard]] Status use_policy(const GpuSequence& sequence);
   [[nodiscard]] Status use_emission(const GpuSequence& sequence);
+  [[nodiscard]] Status use_tier(const GpuSequence& sequence);
   [[nodiscard]] Status require_layer(uint32_t layer) const;
   [[nodiscard]] uint64_t row_count() const;
   void report_counters(uint32_t steps);
@@ -117,6 +122,7 @@ class GpuBatch {
   uint8_t score_reduce_ = 0;
   GpuMemory roots_, positions_, emit_, lane_begin_, sites_, pages_, score_rows_, sparsity_, parts_,
       emit_scratch_, progress_;
+  GpuTierMemory tier_memory_;  // open where some sequence had a tier
 
   uint32_t list_pages_ = 0;  // of one layer's list
   uint64_t reserved_steps_ = 0;

@@ -45,6 +45,9 @@ struct KernelTable {
   int (*attend)(const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle);
   int (*centred_lse)(const cuda::BatchView&, uint32_t layer, const void* q, cuda::Element,
                      float* lse, StreamHandle);
+  int (*tier_put)(const cuda::TierPut&, StreamHandle);
+  int (*tier_choose)(const cuda::BatchView&, const cuda::TierQuery&, StreamHandle);
+  int (*tier_fetch)(const cuda::BatchView&, const cuda::TierQuery&, StreamHandle);
 
   cuda::AttendShape (*attend_shape)(uint32_t multiprocessors, uint32_t lanes, uint32_t head_dim,
                                     bool two_bits);
@@ -52,7 +55,8 @@ struct KernelTable {
                                  uint32_t head_dim);
   uint64_t (*emit_scratch_bytes)(uint64_t pages, uint32_t group);
   uint32_t (*open_pages)(const ModelGeometry&, const PolicyParams&);
-  uint32_t (*prefill_pages)(const ModelGeometry&, const PolicyParams&, uint32_t tokens);
+  uint32_t (*prefill_pages)(const ModelGeometry&, const PolicyParams&, uint32_t layer,
+                            uint32_t tokens);
   uint32_t (*prefill_end_pages)(const ModelGeometry&, const PolicyParams&, uint32_t budget,
                                 const cuda::Prompt&);
   uint32_t (*class_pages)(const ModelGeometry&, uint32_t end);

@@ -52,6 +52,10 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
   THINKV_TRY(require_idle());
   const auto lock = engine_->lock();
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers held, numbers());
+  std::unique_ptr<GpuTier> tier;
+  if (this->tier() != nullptr) {
+    THINKV_ASSIGN_OR_RETURN(tier, tier_->copy());
+  }
   THINKV_TRY(engine_->promise(held.data_pages + held.metadata_pages - 1));  // the root apart
   THINKV_ASSIGN_OR_RETURN(const PageId root, engine_->take_root());
   std::unique_ptr<GpuSequence> copy(new GpuSequence(*engine_, policy_, budget_, root));
@@ -64,6 +68,7 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
   copy->lane_pages_ = lane_pages_;
   copy->layer_given_ = layer_given_;
   copy->queries_given_ = queries_given_;
+  copy->tier_ = std::move(tier);
   const cuda::ContextScope context(engine_->gpu());
   const int code =
       engine_->kernels().copy(engine_->view(), root_.raw(), root.raw(), engine_->stream());
@@ -92,6 +97,24 @@ Status GpuSequence::require_idle() const {
   return engine_->refuse_capture("a sequence cannot be changed");
 }
 
+uint32_t GpuSequence::prompt_pages(uint32_t layer, uint32_t tokens) const {
+  const ModelGeometry& geometry = engine_->geometry();
+  const TierParams& tier = policy_.tier;
+  if (tier.on() && tier.dense(layer)) return pages_for(geometry, tier.dense_format, tokens);
+  const uint32_t far = tier.on() ? tier.tier_tokens(tokens) : 0;
+  return pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
+         pages_for(geometry, policy_.prompt_format, tokens - far);
+}
+
+Status GpuSequence::put_into_tier(uint32_t layer, const void* k, const void* v,
+                                  cuda::Element element, uint32_t tokens) {
+  if (!policy_.tier.on() || policy_.tier.tier_tokens(tokens) == 0) return {};
+  if (tier_ == nullptr) {
+    THINKV_ASSIGN_OR_RETURN(tier_, GpuTier::make(*engine_, policy_, tokens));
+  }
+  return tier_->put(layer, k, v, element);
+}
+
 Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::Element element,
                             uint32_t tokens) {
   const ModelGeometry& geometry = engine_->geometry();
@@ -108,9 +131,7 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   if (layer_given_[layer] != 0) {
     return make_error(kInvalidArgument, "this layer was prefilled before");
   }
-  const uint32_t lane_pages =
-      pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
-      pages_for(geometry, policy_.prompt_format, tokens);
+  const uint32_t lane_pages = prompt_pages(layer, tokens);
   const KernelTable& kernels = engine_->kernels();
   const uint32_t limit = kernels.lane_pages_limit(geometry, policy_);
   if (lane_pages > limit) {
@@ -121,14 +142,19 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
   THINKV_TRY(
       engine_->make_rank_memory(kernels.rank_memory_tokens(geometry, policy_, lane_pages, tokens)));
-  THINKV_TRY(engine_->promise(kernels.prefill_pages(geometry, policy_, tokens)));
+  const uint32_t pages = kernels.prefill_pages(geometry, policy_, layer, tokens);
+  THINKV_TRY(engine_->promise(pages));
+  if (const Status put = put_into_tier(layer, k, v, element, tokens); !put) {
+    engine_->take_back(pages);
+    return put;
+  }
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(kernels.prefill(engine_->view(), root_.raw(), layer, k, v, element,
                                                  tokens, engine_->stream()),
                                  "prefill"));
   prompt_open_ = true;
   prompt_ = tokens;
-  lane_pages_ = lane_pages;
+  lane_pages_ = std::max(lane_pages_, lane_pages);
   layer_given_[layer] = 1;
   return {};
 }
@@ -209,6 +235,7 @@ Status GpuSequence::prefill_end() {
   const uint32_t pages =
       engine_->kernels().prefill_end_pages(engine_->geometry(), policy_, budget_, prompt);
   THINKV_TRY(engine_->promise(pages));
+  if (tier() != nullptr) THINKV_TRY(tier_->publish());
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(GpuEngine::launched(engine_->kernels().prefill_end(engine_->view(), root_.raw(),
                                                                 policy_, prompt, engine_->stream()),
@@ -218,8 +245,19 @@ Status GpuSequence::prefill_end() {
   return {};
 }
 
+Status GpuSequence::require_none_in_tier(std::span<const uint32_t> positions) const {
+  const GpuTier* const tier = this->tier();
+  if (tier == nullptr) return {};
+  const bool any = std::any_of(positions.begin(), positions.end(),
+                               [&](uint32_t position) { return tier->holds(position); });
+  if (!any) return {};
+  return make_error(kUnsupported,
+                    "a token in the host tier cannot be evicted: it takes no byte of the pool");
+}
+
 Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
   THINKV_TRY(require_idle());
+  THINKV_TRY(require_none_in_tier(positions));
   const uint32_t tokens = prompt_ + generated_;
   if (tokens <= 16) return uint64_t{0};
   std::vector<uint32_t> wanted(positions.begin(), positions.end());
@@ -248,6 +286,13 @@ Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
 
 Status GpuSequence::trim(uint32_t keep) {
   THINKV_TRY(require_idle());
+  const uint32_t tokens = prompt_ + generated_;
+  const GpuTier* const tier = this->tier();
+  // All before the oldest that is kept would go.
+  if (tier != nullptr && tokens > std::max(keep, 16u)) {
+    const uint32_t oldest[] = {tier->first()};
+    if (oldest[0] < tokens - std::max(keep, 16u)) THINKV_TRY(require_none_in_tier(oldest));
+  }
   const auto lock = engine_->lock();
   const cuda::ContextScope context(engine_->gpu());
   return GpuEngine::launched(
@@ -260,6 +305,9 @@ Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format for
     return make_error(kInvalidArgument, "the range must lie within the tokens of the sequence");
   }
   if (is_block(format)) return make_error(kUnsupported, "tokens come into blocks by rules only");
+  if (policy_.tier.on()) {
+    return make_error(kUnsupported, "a policy with entropy or tier chooses the formats itself");
+  }
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
   const auto lock = engine_->lock();
   const KernelTable& kernels = engine_->kernels();

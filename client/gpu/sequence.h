@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "client/gpu/engine.h"
+#include "client/gpu/tier.h"
 
 namespace thinkv::client {
 
@@ -64,6 +65,10 @@ class GpuSequence {
   [[nodiscard]] uint32_t generated_tokens() const { return generated_; }
   // An upper bound of the pages in any of its lanes' tables.
   [[nodiscard]] uint32_t lane_pages() const { return lane_pages_; }
+  // Null where no token lies in a tier.
+  [[nodiscard]] const GpuTier* tier() const {
+    return tier_ != nullptr && tier_->bytes() != 0 ? tier_.get() : nullptr;
+  }
 
   // ---- for its batch ----
   [[nodiscard]] GpuBatch* batch() const { return batch_; }
@@ -83,6 +88,12 @@ class GpuSequence {
   GpuSequence(GpuEngine& engine, const PolicyParams& policy, uint32_t budget, PageId root)
       : engine_(&engine), policy_(policy), budget_(budget), root_(root) {}
   [[nodiscard]] Status require_idle() const;
+  // In the table of a lane of the layer, once the prompt is there.
+  [[nodiscard]] uint32_t prompt_pages(uint32_t layer, uint32_t tokens) const;
+  [[nodiscard]] Status put_into_tier(uint32_t layer, const void* k, const void* v,
+                                     cuda::Element element, uint32_t tokens);
+  // Errors: kUnsupported where a position lies in the tier.
+  [[nodiscard]] Status require_none_in_tier(std::span<const uint32_t> positions) const;
   [[nodiscard]] cuda::StepSequence before_step(uint32_t generated, uint32_t lane_pages) const;
   // The client changes what rules will find, in lanes that then have at most `lane_pages` pages:
   // the steps that were reserved and may still have to run were promised less.
@@ -102,6 +113,7 @@ class GpuSequence {
   uint32_t lane_pages_ = 0;
   std::vector<uint8_t> layer_given_;
   std::vector<uint8_t> queries_given_;  // a flag a layer
+  std::unique_ptr<GpuTier> tier_;
   GpuBatch* batch_ = nullptr;
   uint32_t row_ = 0;
 };

@@ -32,7 +32,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 6;
+inline constexpr uint32_t kDeviceLayoutVersion = 7;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;
@@ -134,7 +134,7 @@ struct DeviceSequence {
   uint32_t prompt_queries;   // of each layer that were given
   uint32_t window_queries;   // of kWindow: queries since the slots were set to 0
   uint32_t query_wait;       // 1: rules of the prompt's end wait for queries
-  uint32_t reserved0;
+  uint32_t tier_tokens;      // of each sparse lane in a tier of the client's process
   DeviceCounters counters;
   PolicyParams policy;
   uint32_t segment_page[kSegmentPagesMax];

@@ -204,7 +204,7 @@ struct PromptHead {
   PromptHead found{};
   DeviceSequence* sequence = sequence_at(view, params.queries.root);
   if (sequence == nullptr || sequence->score_bytes != sizeof(float)) return found;
-  found.split = split_prompt(view, sequence, params.queries.tokens);
+  found.split = split_prompt(view, sequence, params.queries.layer, params.queries.tokens);
   const uint32_t index = params.queries.layer * view.geometry.kv_heads + head;
   found.lane = prompt_lane(view, sequence, index, found.split, params.queries.tokens);
   if (found.lane.lane == nullptr) return found;

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kEntropyThreads)
   __shared__ EntropyShared shared;
   DeviceSequence* sequence = sequence_at(view, root);
   if (sequence == nullptr) return;
-  const PromptPages split = split_prompt(view, sequence, tokens);
+  const PromptPages split =
+      split_prompt(view, sequence, blockIdx.x / view.geometry.kv_heads, tokens);
   const LaneView lane = prompt_lane(view, sequence, blockIdx.x, split, tokens);
   if (lane.lane == nullptr) return;
   const uint32_t n = min(tokens, policy::kEntropyRowsMax);

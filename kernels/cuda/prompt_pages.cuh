@@ -1,6 +1,7 @@
 // prompt_pages.cuh: where the tokens of a prompt lie in the pages of a lane, until its end.
 //
 // A prompt is written into empty lanes, so the page and slot of a token are known from its index.
+// Of a sparse layer of a policy with a tier the middle is left out, as if it were not there.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,14 @@ struct PromptPages {
   uint32_t sink_slots;
   uint32_t other_slots;
   uint32_t sink_pages;
-  uint32_t pages;  // of a lane
+  uint32_t pages;   // of a lane
+  uint32_t tokens;  // in them
+  uint32_t gap_at;  // tokens from this one on are `gap` positions later: the rows in the tier
+  uint32_t gap;
+
+  [[nodiscard]] __device__ __forceinline__ uint32_t position(uint32_t token) const {
+    return token < gap_at ? token : token + gap;
+  }
 };
 
 // One page of it.
@@ -29,18 +37,25 @@ struct PromptPage {
 };
 
 __device__ __forceinline__ PromptPages split_prompt(const BatchView& view,
-                                                    const DeviceSequence* sequence,
-                                                    uint32_t tokens) {
+                                                    const DeviceSequence* sequence, uint32_t layer,
+                                                    uint32_t all) {
   const PolicyParams& p = sequence->policy;
+  const bool tier = p.tier.on(), dense = tier && p.tier.dense(layer);
+  const Format sink = dense ? p.tier.dense_format : p.sink_format;
+  const Format other = dense ? p.tier.dense_format : p.prompt_format;
   PromptPages split{};
-  if (!format_valid(static_cast<uint8_t>(p.sink_format)) ||
-      !format_valid(static_cast<uint8_t>(p.prompt_format))) {
+  if (!format_valid(static_cast<uint8_t>(sink)) || !format_valid(static_cast<uint8_t>(other))) {
     raise_fault(view.lease, kBadMetadata);
     return split;  // no pages
   }
   const uint32_t dim = view.geometry.head_dim;
-  split.sink_format = resolve_format(view, p.sink_format);
-  split.other_format = resolve_format(view, p.prompt_format);
+  if (tier && !dense) {
+    split.gap_at = p.tier.kept_first(all);
+    split.gap = p.tier.tier_tokens(all);
+  }
+  const uint32_t tokens = split.tokens = all - split.gap;
+  split.sink_format = resolve_format(view, sink);
+  split.other_format = resolve_format(view, other);
   split.sinks = split.sink_format == split.other_format ? 0 : min(tokens, p.sink_tokens);
   split.sink_slots = slot_shape(dim, static_cast<uint32_t>(split.sink_format)).slots;
   split.other_slots = slot_shape(dim, static_cast<uint32_t>(split.other_format)).slots;
@@ -50,14 +65,14 @@ __device__ __forceinline__ PromptPages split_prompt(const BatchView& view,
   return split;
 }
 
-__device__ __forceinline__ PromptPage prompt_page(const PromptPages& split, uint32_t tokens,
-                                                  uint32_t index) {
+__device__ __forceinline__ PromptPage prompt_page(const PromptPages& split, uint32_t index) {
   if (index < split.sink_pages) {
     const uint32_t first = index * split.sink_slots;
     return {split.sink_format, first, min(split.sinks - first, split.sink_slots), split.sink_slots};
   }
   const uint32_t first = split.sinks + (index - split.sink_pages) * split.other_slots;
-  return {split.other_format, first, min(tokens - first, split.other_slots), split.other_slots};
+  return {split.other_format, first, min(split.tokens - first, split.other_slots),
+          split.other_slots};
 }
 
 // Where one token is.
@@ -84,7 +99,8 @@ struct PromptSlot {
   LaneView lane = lane_view(view, sequence, index);
   if (lane.lane == nullptr) return lane;
   const DeviceLane& l = *lane.lane;
-  if (split.pages > 0 && l.pages == split.pages && l.live == tokens && l.buffer_count == 0) {
+  if (split.pages > 0 && split.gap == 0 && l.pages == split.pages && l.live == tokens &&
+      l.buffer_count == 0) {
     return lane;
   }
   raise_fault(view.lease, kBadMetadata);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/radix.cuh"
 #include "kernels/cuda/rank_classes.cuh"
 #include "kernels/cuda/rank_groups.cuh"
 #include "kernels/cuda/rank_rows.cuh"
@@ -49,34 +50,7 @@ namespace rank_detail {
 
 // Rows from the lowest to the highest: by score, what is not a number lowest, then by position.
 [[nodiscard]] __device__ __forceinline__ uint64_t rank_key(float score, uint32_t row) {
-  const float number = score != score ? __uint_as_float(0xFF80'0000u) : exact_add(score, 0.0f);
-  const uint32_t bits = __float_as_uint(number);
-  const uint32_t ordered = (bits & 0x8000'0000u) != 0 ? ~bits : bits | 0x8000'0000u;
-  return uint64_t{ordered} << kRankRowBits | row;
-}
-
-// The bin, from the highest down, in which the left-th row lies. By the first warp.
-__device__ inline void find_bin(RankShared& shared, uint32_t left) {
-  const uint32_t thread = threadIdx.x % 32, top = 255 - 8 * thread;
-  uint32_t mine = 0;
-  for (uint32_t b = 0; b < 8; ++b) mine += shared.bins[top - b];
-  uint32_t through = mine;
-  for (uint32_t x = 1; x < 32; x *= 2) {
-    const uint32_t above = __shfl_up_sync(kAllLanes, through, x);
-    if (thread >= x) through += above;
-  }
-  uint32_t before = through - mine;
-  if (before >= left || through < left) return;
-  for (uint32_t b = 0; b < 8; ++b) {
-    const uint32_t rows = shared.bins[top - b];
-    if (before + rows >= left) {
-      shared.digit = top - b;
-      shared.left = left - before;
-      shared.whole = before + rows == left ? 1 : 0;
-      return;
-    }
-    before += rows;
-  }
+  return uint64_t{ordered_bits(score)} << kRankRowBits | row;
 }
 
 // The least key of the `target` highest rows that are not fixed. Requires: 0 < target <= free rows.

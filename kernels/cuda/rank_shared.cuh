@@ -118,7 +118,7 @@ template <int kDim>
       });
       __syncthreads();
     }
-    if (threadIdx.x < 32) rank_detail::find_bin(shared, left);
+    if (threadIdx.x < 32) find_bin(shared, left);
     __syncthreads();
     prefix |= uint64_t{shared.digit} << shift;
     left = shared.left;

@@ -9,6 +9,7 @@
 // A step of a batch, in stream order:
 //   launch_begin                          positions, emission flags, the page lists of all layers
 //   for each layer: launch_append         rotate and store the token
+//                   launch_tier_fetch     (tier.h) where a sequence has a tier
 //                   launch_attend         (attention.h) over the layer's list
 //   launch_end                            full buffers are flushed; budget, labels, segments,
 //                                         survivors, slots and pages are freed; progress is told
@@ -112,6 +113,7 @@ struct BatchView {
   // Null where no sequence of the batch keeps tokens outside of its pages.
   const WorkingPages* working = nullptr;
   const TierSequence* const* tiers = nullptr;  // [capacity], null where the sequence has no tier
+  const TierMemory* tier_memory = nullptr;
 };
 
 // ---- sizes, for the host ----
@@ -120,7 +122,7 @@ struct BatchView {
 [[nodiscard]] uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams& policy);
 // An upper bound of what launch_prefill of one layer takes.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
-                                     uint32_t tokens);
+                                     uint32_t layer, uint32_t tokens);
 // A prompt, and of each layer how many of its newest queries were given; 0: none.
 struct Prompt {
   uint32_t tokens;

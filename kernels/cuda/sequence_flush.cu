@@ -40,6 +40,20 @@ __device__ __forceinline__ FlushFormats formats_of(const BatchView& view,
   return {resolve_format(view, p.sink_format), resolve_format(view, thought), true};
 }
 
+// Those of one layer: the dense layers of a policy with a tier have a format of their own.
+__device__ __forceinline__ FlushFormats formats_of_layer(const LaneView& lane,
+                                                         const FlushFormats& formats,
+                                                         uint32_t layer) {
+  const TierParams& tier = lane.sequence->policy.tier;
+  if (!tier.on() || !tier.dense(layer)) return formats;
+  if (!format_valid(static_cast<uint8_t>(tier.dense_format))) {
+    if (threadIdx.x == 0) raise_fault(lane.batch->lease, kBadMetadata);
+    return formats;
+  }
+  const Format dense = resolve_format(*lane.batch, tier.dense_format);
+  return {dense, dense, true};
+}
+
 // As decay_scores() of the host: what the lane's pages hold, before new tokens come.
 __device__ __forceinline__ void decay_scores(const LaneView& lane, float factor) {
   if (factor == 1.0f) return;
@@ -232,7 +246,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksMin<kDim>)
   const uint32_t end = min(first + params.lanes_per_block, view.geometry.lanes());
   for (uint32_t index = first; index < end; ++index) {
     const LaneView lane = lane_view(view, sequence, index);
-    if (lane.lane != nullptr) flush_lane<kDim>(lane, formats, shared);
+    if (lane.lane != nullptr) {
+      const uint32_t layer = index / view.geometry.kv_heads;
+      flush_lane<kDim>(lane, formats_of_layer(lane, formats, layer), shared);
+    }
     __syncthreads();
   }
 }

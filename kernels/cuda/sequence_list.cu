@@ -108,8 +108,13 @@ __global__ void __launch_bounds__(kFindThreads)
   if (layer >= view.geometry.layers) return;
   if (row % heads == 0) begin_row(view, row / heads, layer);
   const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
+  if (lane.lane != nullptr && lane.sequence->tier_tokens != 0 &&
+      tier_of_row(view, row / heads) == nullptr) {
+    raise_fault(view.lease, kBadMetadata);  // its rows are in another process, or gone with it
+  }
   uint32_t entries = find_lane(view, lane, view.sites[index]);
   if (entries != 0) entries += working_run(view, layer, row).pages();
+  forget_choice(view, index);
   view.lane_begin[uint64_t{layer} * (rows + 1) + row] = entries;
 }
 

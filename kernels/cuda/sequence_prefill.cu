@@ -3,7 +3,8 @@
 // The lanes are empty, so where a token goes is known from its index: the sinks fill pages of the
 // sink format, all others pages of the prompt's format, in order. A first kernel takes the pages
 // and writes their descriptors, a second one encodes: a block a page, in shared memory, so that a
-// page is written once and whole.
+// page is written once and whole. Of a sparse layer of a policy with a tier the prompt's middle is
+// left out, as if it were not there; tier_put.cu writes it.
 #include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/codec.cuh"
 #include "kernels/cuda/lane.cuh"
@@ -44,7 +45,8 @@ __device__ bool grow_tables(const LaneView& lane, uint32_t pages) {
 }
 
 // Result: false where the lease was empty.
-__device__ bool write_descriptor(const LaneView& lane, uint32_t index, const PromptPage& page) {
+__device__ bool write_descriptor(const LaneView& lane, uint32_t index, const PromptPages& split) {
+  const PromptPage page = prompt_page(split, index);
   auto* table = page_at(*lane.batch, lane.lane->table[index / lane.per_table]);
   const uint32_t raw = take_page(lane.batch->lease);
   if (table == nullptr || raw == PageId::kNoneRaw) return false;
@@ -54,8 +56,8 @@ __device__ bool write_descriptor(const LaneView& lane, uint32_t index, const Pro
         .format = static_cast<uint8_t>(page.format),
         .filled = static_cast<uint8_t>(page.count),
         .reserved0 = 0,
-        .first_position = page.first,
-        .last_position = page.first + page.count - 1,
+        .first_position = split.position(page.first),
+        .last_position = split.position(page.first + page.count - 1),
         .marks = 0};
   if (!lane.scored()) return true;
   auto* scores = reinterpret_cast<uint4*>(score_row(lane, d, index));
@@ -72,7 +74,8 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
   const uint32_t index = params.layer * view.geometry.kv_heads + blockIdx.x;
   const LaneView lane = lane_view(view, sequence, index);
   if (lane.lane == nullptr) return;
-  const PromptPages split = split_prompt(view, sequence, params.tokens);
+  const PromptPages split = split_prompt(view, sequence, params.layer, params.tokens);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && split.gap != 0) sequence->tier_tokens = split.gap;
   const bool empty = lane.lane->live == 0 && lane.lane->pages == 0;
   bool good = empty && split.pages > 0;
   __syncthreads();  // all threads have seen the lane as it was
@@ -82,18 +85,18 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
     return;
   }
   for (uint32_t i = threadIdx.x; i < split.pages; i += blockDim.x) {
-    good = write_descriptor(lane, i, prompt_page(split, params.tokens, i)) && good;
+    good = write_descriptor(lane, i, split) && good;
   }
   if (__syncthreads_or(good ? 0 : 1) != 0 || threadIdx.x != 0) return;
   DeviceLane& header = *lane.lane;
-  const uint32_t others = params.tokens - split.sinks;
+  const uint32_t others = split.tokens - split.sinks;
   header.free_slots[static_cast<uint32_t>(split.sink_format)] +=
       split.sink_pages * split.sink_slots - split.sinks;
   header.free_slots[static_cast<uint32_t>(split.other_format)] +=
       (split.pages - split.sink_pages) * split.other_slots - others;
   header.pages = split.pages;
-  header.live = params.tokens;
-  header.live_prompt = params.tokens;
+  header.live = split.tokens;
+  header.live_prompt = split.tokens;
   atomicAdd(&sequence->data_pages, split.pages);
 }
 
@@ -101,8 +104,9 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
 // the lane's buffer where its keys are centred, else null.
 template <int kDim>
 __device__ void encode_page(const BatchView& view, const PrefillParams& params, bool rotate,
-                            const unsigned char* centre_page, uint32_t head, const PromptPage& from,
-                            unsigned char* page) {
+                            const unsigned char* centre_page, uint32_t head,
+                            const PromptPages& split, uint32_t index, unsigned char* page) {
+  const PromptPage from = prompt_page(split, index);
   float centre[kDim / 8] = {};
   if (centre_page != nullptr) load_centre<kDim>(centre, centre_page);
   const SlotShape shape = slot_shape(kDim, static_cast<uint32_t>(from.format));
@@ -111,8 +115,8 @@ __device__ void encode_page(const BatchView& view, const PrefillParams& params, 
     const uint32_t slot = base + quarter;
     const bool active = slot < from.count;
     const uint32_t place = active ? slot : 0;
-    const uint64_t row =
-        (uint64_t{from.first + place} * view.geometry.kv_heads + head) * uint64_t{kDim};
+    const uint32_t position = split.position(from.first + place);
+    const uint64_t row = (uint64_t{position} * view.geometry.kv_heads + head) * uint64_t{kDim};
     float x[kDim / 8];
     load_row<kDim>(x, params.k, params.element, row, active);
     if (rotate) rotate_vector<kDim>(x);
@@ -126,8 +130,7 @@ __device__ void encode_page(const BatchView& view, const PrefillParams& params, 
         x, from.format,
         vector_place<kDim, false>(page, shape, coding_of<false>(from.format), place), active);
     if (!active || threadIdx.x % 8 != 0) continue;
-    *reinterpret_cast<uint32_t*>(page + shape.position_offset + slot * kPositionBytes) =
-        from.first + slot;
+    *reinterpret_cast<uint32_t*>(page + shape.position_offset + slot * kPositionBytes) = position;
   }
 }
 
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint4 image[kWords];
   DeviceSequence* sequence = sequence_at(view, params.root);
   if (sequence == nullptr) return;
-  const PromptPages split = split_prompt(view, sequence, params.tokens);
+  const PromptPages split = split_prompt(view, sequence, params.layer, params.tokens);
   const uint32_t total = split.pages * view.geometry.kv_heads;
   for (uint32_t i = blockIdx.x; i < total; i += gridDim.x) {
     const uint32_t head = i / split.pages, index = i % split.pages;
@@ -154,8 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const bool centred = sequence->policy.centre != 0;
     const unsigned char* centre = centred ? page_at(view, lane.lane->buffer_page[0]) : nullptr;
-    encode_page<kDim>(view, params, sequence->policy.rotate != 0, centre, head,
-                      prompt_page(split, params.tokens, index),
+    encode_page<kDim>(view, params, sequence->policy.rotate != 0, centre, head, split, index,
                       reinterpret_cast<unsigned char*>(image));
     __syncthreads();
     for (uint32_t w = threadIdx.x; w < kWords; w += kThreads) {

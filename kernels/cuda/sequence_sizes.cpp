@@ -75,9 +75,16 @@ uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams&) {
          kPagesOfALane * geometry.lanes();
 }
 
-uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t tokens) {
-  const Format other = policy.prompt_format;
-  const uint32_t sinks = sinks_among(geometry, policy, other, 0, tokens);
+uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t layer,
+                       uint32_t tokens) {
+  Format other = policy.prompt_format;
+  if (policy.tier.on() && policy.tier.dense(layer)) {
+    other = policy.tier.dense_format;
+  } else if (policy.tier.on()) {
+    tokens -= policy.tier.tier_tokens(tokens);
+  }
+  const bool one_format = policy.tier.on();
+  const uint32_t sinks = one_format ? 0 : sinks_among(geometry, policy, other, 0, tokens);
   const uint32_t pages =
       pages_for(geometry, policy.sink_format, sinks, other, uint64_t{tokens} - sinks);
   const uint32_t tables = std::max(divide_up(pages, per_table(geometry, policy)), 1u);
@@ -88,7 +95,7 @@ uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& po
                            uint32_t budget, const Prompt& prompt) {
   if (policy.evict != EvictRule::kRank) return 0;
   const uint32_t before =
-      divide_up(prefill_pages(geometry, policy, prompt.tokens), std::max(geometry.kv_heads, 1u));
+      divide_up(prefill_pages(geometry, policy, 0, prompt.tokens), std::max(geometry.kv_heads, 1u));
   const uint32_t pages =
       rule_pages(geometry, policy, rank_moment_at(policy, prompt, 0),
                  {.prompt = prompt, .pages_max = before, .budget = budget, .settled_from = 0});
@@ -113,7 +120,8 @@ uint32_t flush_pages(const ModelGeometry& geometry, const PolicyParams& policy, 
     pages = std::max(pages, pages_for(geometry, policy.sink_format, sinks, thought,
                                       uint64_t{kBufferTokens} - sinks));
   }
-  return pages;
+  if (!policy.tier.on()) return pages;
+  return std::max(pages, divide_up(kBufferTokens, slots_of(geometry, policy.tier.dense_format)));
 }
 
 }  // namespace
@@ -257,9 +265,9 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
       }
     }
   }
-  if (policy.entropy.on() || policy.tier.on()) {
+  if (policy.entropy.on()) {
     return make_error(kUnsupported,
-                      "the policy has entropy or tier, which run on the host backend only so far");
+                      "the policy has entropy, which runs on the host backend only so far");
   }
   for (uint32_t i = 0; i < policy.label_layer_count; ++i) {
     if (policy.label_layers[i] >= geometry.layers) {

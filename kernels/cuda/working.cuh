@@ -31,6 +31,14 @@ struct WorkingRun {
   return view.tiers == nullptr ? nullptr : view.tiers[row];
 }
 
+// Nothing is chosen ahead for a step that begins. By one thread a lane of every layer.
+__device__ __forceinline__ void forget_choice(const BatchView& view, uint32_t lane_of_all) {
+  if (view.tier_memory == nullptr) return;
+  const TierMemory memory = *view.tier_memory;
+  if (memory.picks == nullptr) return;
+  memory.picks[lane_of_all * (uint64_t{1} + memory.picks_max)] = 0;
+}
+
 // Tokens that lane `row` (sequence * kv_heads + kv head) of `layer` has in working pages.
 [[nodiscard]] __device__ __forceinline__ uint32_t working_tokens(const BatchView& view,
                                                                  uint32_t layer, uint32_t row) {

@@ -2,12 +2,14 @@
 //
 // TailorKV (arXiv 2505.19586): rows are ranked by the few channels in which query and keys are
 // large; layers whose attention is spread out keep all rows near instead. Pure functions with a
-// stated order of addition; equal numbers: the lower channel, the newer row.
+// stated order of addition; equal numbers: the lower channel, the newer row; what is not a number is
+// the lowest. The cuda backend chooses the same (kernels/cuda/tier_choice.cuh).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -45,6 +47,10 @@ inline void mean_query(const float* q, uint32_t group, std::span<float> mean) {
   }
 }
 
+[[nodiscard]] inline float or_lowest(float x) {
+  return std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
+}
+
 // The `count` channels with the largest |query| x key_max, ascending.
 inline void choose_channels(std::span<const float> query, std::span<const float> key_max,
                             uint32_t count, std::vector<uint32_t>& chosen) {
@@ -52,7 +58,8 @@ inline void choose_channels(std::span<const float> query, std::span<const float>
   std::iota(chosen.begin(), chosen.end(), 0u);
   const auto end = chosen.begin() + std::min<std::ptrdiff_t>(count, std::ssize(chosen));
   std::partial_sort(chosen.begin(), end, chosen.end(), [&](uint32_t a, uint32_t b) {
-    const float wa = std::fabs(query[a]) * key_max[a], wb = std::fabs(query[b]) * key_max[b];
+    const float wa = or_lowest(std::fabs(query[a]) * key_max[a]);
+    const float wb = or_lowest(std::fabs(query[b]) * key_max[b]);
     return wa != wb ? wa > wb : a < b;
   });
   chosen.erase(end, chosen.end());
@@ -67,7 +74,8 @@ inline void choose_rows(std::span<const float> scores, uint32_t count,
   if (count >= scores.size()) return;
   std::nth_element(chosen.begin(), chosen.begin() + count, chosen.end(),
                    [&](uint32_t a, uint32_t b) {
-                     return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
+                     const float sa = or_lowest(scores[a]), sb = or_lowest(scores[b]);
+                     return sa != sb ? sa > sb : a > b;
                    });
   chosen.resize(count);
   std::sort(chosen.begin(), chosen.end());

@@ -103,10 +103,10 @@ PromptPlan plan_prompt(const SequenceState& state, uint32_t layer, uint32_t toke
       plan.pages = {PromptRange{0, 0, dense}, PromptRange{0, tokens, dense}};
       return plan;
     }
-    const uint32_t start = std::min<uint32_t>(tokens, p.tier.start);
-    const uint32_t recent = std::min<uint32_t>(tokens - start, p.tier.recent);
-    plan.pages = {PromptRange{0, start, format}, PromptRange{tokens - recent, recent, format}};
-    plan.tier = {start, tokens - start - recent, format};
+    const uint32_t start = p.tier.kept_first(tokens), far = p.tier.tier_tokens(tokens);
+    plan.pages = {PromptRange{0, start, format},
+                  PromptRange{start + far, tokens - start - far, format}};
+    plan.tier = {start, far, format};
     return plan;
   }
   if (p.entropy.on()) {

@@ -90,7 +90,7 @@ inline Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t toke
   b.policy = policy;
   const uint64_t rows = uint64_t{capacity} * g.kv_heads;
   const uint64_t each = 1 + cuda::open_pages(g, b.policy) +
-                        uint64_t{g.layers} * cuda::prefill_pages(g, b.policy, tokens) + more_pages;
+                        uint64_t{g.layers} * cuda::prefill_pages(g, b.policy, 0, tokens) + more_pages;
   const uint64_t pages = each * capacity;
   const uint64_t extent_pages = 1 << 18;
   const auto extents = static_cast<uint32_t>((pages + extent_pages - 1) / extent_pages);
@@ -193,7 +193,7 @@ inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
   std::optional<PolicyParams> policy = testing::shipped_params("thinkv-ladder", kBudget);
   THINKV_CHECK(policy.has_value() && policy->score_window == kWindow);
   for (uint32_t i = 0; i < policy->rule_count; ++i) policy->rules[i].random = 1.0f;
-  const uint32_t held = cuda::prefill_pages(g, *policy, tokens) / g.kv_heads;
+  const uint32_t held = cuda::prefill_pages(g, *policy, 0, tokens) / g.kv_heads;
   const uint32_t of_rules =
       cuda::step_pages(g, *policy, {tokens, kWindow - 1, held + kWindow / 8, kBudget});
   Bench b = make_bench(g, capacity, tokens, *policy, of_rules + 16 * g.lanes());

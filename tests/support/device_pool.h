@@ -74,6 +74,8 @@ class DevicePool {
     uint32_t list_pages = 4096;  // BatchView::pages_max
     uint64_t seed = 1;           // order in which pages are handed out
     uint32_t rank_tokens = 0;    // of the longest lane that rank rules see
+    uint32_t tier_rows = 0;      // of a lane's tier; 0: no sequence has one
+    uint32_t tier_fetch = 0;     // of them, that a step fetches
   };
 
   explicit DevicePool(const Options& o)
@@ -94,6 +96,12 @@ class DevicePool {
         sparsity_(uint64_t{o.geometry.layers} * rows()),
         rank_rows_(cuda::rank_memory_shape(o.rank_tokens, kRankBlocks).bytes),
         rank_memory_(1),
+        working_pages_(uint64_t{rows()} * working_lane_pages() * page_bytes_),
+        scores_(uint64_t{cuda::tier_blocks(rows())} * o.tier_rows),
+        picks_(uint64_t{o.geometry.layers} * rows() * (1 + o.tier_fetch)),
+        working_(1),
+        tier_memory_(1),
+        tiers_(o.capacity),
         transfer_(lease_pages_.size() + 1) {
     lease_[0] = {.count = 0,
                  .capacity = static_cast<uint32_t>(lease_pages_.size()),
@@ -104,6 +112,9 @@ class DevicePool {
     progress_[0] = {};
     const cuda::RankMemoryShape shape = cuda::rank_memory_shape(o.rank_tokens, kRankBlocks);
     rank_memory_[0] = {rank_rows_.data(), shape.room, shape.blocks};
+    working_[0] = {working_pages_.data(), working_lane_pages(), 0};
+    tier_memory_[0] = {scores_.data(), picks_.data(), o.tier_rows, o.tier_fetch};
+    for (uint32_t row = 0; row < o.capacity; ++row) tiers_[row] = nullptr;
     for (uint64_t i = 0; i < sparsity_.size(); ++i) sparsity_[i] = {};
     for (uint32_t e = 0; e < o.extents; ++e) {
       for (uint32_t i = 0; i < o.extent_pages; ++i) {
@@ -129,10 +140,25 @@ class DevicePool {
             .sites = sites_.data(),
             .pages = pages_.data(),
             .score_rows = score_rows_.data(),
-            .sparsity = sparsity_.data()};
+            .sparsity = sparsity_.data(),
+            .working = options_.tier_rows == 0 ? nullptr : working_.data(),
+            .tiers = options_.tier_rows == 0 ? nullptr : tiers_.data(),
+            .tier_memory = options_.tier_rows == 0 ? nullptr : tier_memory_.data()};
   }
   [[nodiscard]] const Options& options() const { return options_; }
   [[nodiscard]] uint32_t rows() const { return options_.capacity * options_.geometry.kv_heads; }
+  [[nodiscard]] uint32_t working_lane_pages() const {
+    return (options_.tier_fetch + cuda::kBufferPageSlots - 1) / cuda::kBufferPageSlots;
+  }
+  // Rows that lane `row` of a layer has in working pages, and these.
+  [[nodiscard]] uint32_t fetched(uint32_t layer, uint32_t row) const {
+    const cuda::TierSequence* tier = tiers_[row / options_.geometry.kv_heads];
+    return tier == nullptr ? 0 : cuda::fetched_rows(*tier, layer);
+  }
+  [[nodiscard]] unsigned char* working_page(uint32_t row, uint32_t page) const {
+    return working_pages_.data() + (uint64_t{row} * working_lane_pages() + page) * page_bytes_;
+  }
+  [[nodiscard]] const cuda::TierSequence*& tier(uint32_t row) const { return tiers_[row]; }
   [[nodiscard]] uint64_t total_pages() const { return lease_pages_.size(); }
 
   // A page of the host's own, for a root.
@@ -194,6 +220,12 @@ class DevicePool {
   DeviceVector<cuda::LaneSparsity> sparsity_;
   DeviceVector<unsigned char> rank_rows_;
   DeviceVector<cuda::RankMemory> rank_memory_;
+  DeviceVector<unsigned char> working_pages_;
+  DeviceVector<uint32_t> scores_;
+  DeviceVector<uint32_t> picks_;
+  DeviceVector<cuda::WorkingPages> working_;
+  DeviceVector<cuda::TierMemory> tier_memory_;
+  DeviceVector<const cuda::TierSequence*> tiers_;
   DeviceVector<uint32_t> transfer_;
   std::vector<uint32_t> free_;
 };

@@ -215,7 +215,19 @@ void TwinBatch::check_list(uint32_t layer) {
     const DeviceReader reader(pool_, t->root);
     const cuda::DeviceLane& lane = reader.lane(layer * g.kv_heads + row % g.kv_heads);
     const uint32_t buffers = (lane.buffer_count + 7) / 8;
-    expect(begin[row + 1] - begin[row] == lane.pages + buffers, "pages of a lane in the list");
+    const uint32_t working = (pool_.fetched(layer, row) + 7) / 8;
+    expect(begin[row + 1] - begin[row] == lane.pages + buffers + working,
+           "pages of a lane in the list");
+    for (uint32_t i = 0; i < working; ++i) {
+      const uint64_t at = list + begin[row] + lane.pages + buffers + i;
+      const auto page = reinterpret_cast<uint64_t>(pool_.working_page(row, i));
+      const uint32_t left = pool_.fetched(layer, row) - 8 * i;
+      const cuda::PageView& entry = pool_.list()[at];
+      expect(entry.tagged == (page | static_cast<uint64_t>(reader.wide())) &&
+                 entry.live == (left >= 8 ? 0xFFu : (1u << left) - 1) &&
+                 pool_.score_rows()[at] == nullptr,
+             "a working page in the list");
+    }
     expect(pool_.positions()[row / g.kv_heads] == t->host->tokens(), "position of the step");
     const std::vector<uint32_t> order = listed_order(reader, lane);
     for (uint32_t i = 0; i < lane.pages + buffers; ++i) {
@@ -310,6 +322,8 @@ void TwinBatch::compare_numbers(const Twin& t) {
   expect(n.live_slots == s.live_slots && n.live_tokens_max == s.live_tokens_max, "live numbers");
   expect(n.evicted_slots == s.evicted_slots, "evicted_slots");
   expect(n.recoded_slots == s.recoded_slots && n.recoded_bytes == s.recoded_bytes, "recoded");
+  const DeviceReader reader(pool_, t.root);
+  expect(reader.header().tier_tokens == t.state().header->tier_tokens, "tier_tokens");
   expect(n.steps == s.steps && n.refreshes == s.refreshes, "steps and refreshes");
   expect(n.demotions == s.demotions && n.merges == s.merges, "demotions and merges");
   expect(n.over_budget_steps == s.over_budget_steps, "over_budget_steps");

@@ -15,6 +15,7 @@
 #include "kernels/sequence/sequence_state.h"
 #include "tests/support/device_lanes.h"
 #include "tests/support/device_pool.h"
+#include "tests/support/device_tier.h"
 #include "tests/support/shapes.h"
 #include "tests/support/vector_page_source.h"
 #include "thinkv/internal/small_float.h"
@@ -62,6 +63,7 @@ struct Twin {
   // False once something was evicted or recoded while the host still held a full buffer, which the
   // device had flushed: tokens are the same, places are not.
   bool same_places = true;
+  std::unique_ptr<DeviceTier> tier;  // of a policy with a tier, from the prompt on
 
   [[nodiscard]] const kernels::SequenceState& state() const { return *host->state(); }
   [[nodiscard]] bool host_flush_is_due() const {
@@ -80,6 +82,8 @@ class TwinBatch {
     uint32_t rank_tokens = 0;   // of the longest lane that rank rules see
     bool plant_scores = false;  // what attention would have added, on both sides
     bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
+    uint32_t tier_rows = 0;     // as DevicePool's; not 0: every step attends, and is compared
+    uint32_t tier_fetch = 0;
   };
   explicit TwinBatch(const Options& o)
       : options_(o),
@@ -89,7 +93,9 @@ class TwinBatch {
                .extent_pages = o.extent_pages,
                .list_pages = 3 * o.extent_pages,
                .seed = o.seed,
-               .rank_tokens = o.rank_tokens}),
+               .rank_tokens = o.rank_tokens,
+               .tier_rows = o.tier_rows,
+               .tier_fetch = o.tier_fetch}),
         host_pool_({.head_dim = o.geometry.head_dim,
                     .capacity = 3 * o.extent_pages,
                     .shuffle_seed = o.seed | 1}),
@@ -126,12 +132,14 @@ class TwinBatch {
       fill(k, 0, k.host.size());
       fill(v, 0, v.host.size());
       THINKV_CHECK(t.host->prefill(layer, k.host.data(), v.host.data(), tokens).has_value());
-      pool_.supply(cuda::prefill_pages(g, t.host->policy(), tokens));
+      pool_.supply(cuda::prefill_pages(g, t.host->policy(), layer, tokens));
       run(cuda::launch_prefill(pool_.view(), t.root, layer, k.device(), v.device(),
                                options_.element, tokens, nullptr));
       if (queries > 0) give_queries(t, layer, {.tokens = tokens, .queries = queries});
+      put_into_tier(t, layer, k, v, tokens);
     }
     t.prompt_queries = queries;
+    if (t.tier && t.tier->any()) pool_.tier(row) = &t.tier->sequence();
     THINKV_CHECK(t.host->prefill_end().has_value());
     const PolicyParams& policy = t.host->policy();
     const cuda::Prompt prompt{.tokens = tokens, .queries = queries};
@@ -181,6 +189,7 @@ class TwinBatch {
       run(cuda::launch_append(pool_.view(), layer, k.device(), v.device(), options_.element,
                               nullptr));
       check_list(layer);
+      if (options_.tier_rows != 0) attend_layer(layer);
     }
     if (options_.plant_scores) plant_scores();
     for (auto& twin : twins_) {
@@ -239,6 +248,7 @@ class TwinBatch {
     pool_.supply(0);
     run(cuda::launch_close(pool_.view(), twins_[row]->root, nullptr));
     pool_.root(row) = PageId::kNoneRaw;
+    pool_.tier(row) = nullptr;
     twins_[row].reset();
   }
 
@@ -247,6 +257,10 @@ class TwinBatch {
 
   // Everything that both sides have, compared.
   void compare();
+
+  // What the steps of sequences with a tier did, so that a test of nothing shows.
+  [[nodiscard]] uint64_t fetched_rows() const { return fetched_rows_; }
+  [[nodiscard]] uint64_t hints() const { return hints_; }
 
   [[nodiscard]] uint32_t below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
   [[nodiscard]] std::mt19937_64& random() { return random_; }
@@ -296,6 +310,14 @@ class TwinBatch {
   void compare_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
   void compare_numbers(const Twin& t);
   void compare_rank_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
+  void put_into_tier(Twin& t, uint32_t layer, const ElementRows& k, const ElementRows& v,
+                     uint32_t tokens);
+  [[nodiscard]] cuda::TierQuery query_of(const ElementRows& q, uint32_t layer, uint32_t first_lane,
+                                         uint32_t lanes) const;
+  void choose_ahead(uint32_t layer, ElementRows& chosen_by);
+  void attend_layer(uint32_t layer);
+  void check_fetched(const Twin& t, uint32_t layer, uint32_t row, const float* query);
+  void compare_attention(uint32_t layer, const ElementRows& q);
   [[nodiscard]] LaneTokens host_tokens(const Twin& t, uint32_t lane) const;
 
   Options options_;
@@ -307,6 +329,8 @@ class TwinBatch {
   std::string wrong_;
   uint32_t planted_ = 0;
   uint64_t steps_ = 0;
+  uint64_t fetched_rows_ = 0;
+  uint64_t hints_ = 0;
 };
 
 }  // namespace thinkv::testing

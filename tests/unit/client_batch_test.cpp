@@ -98,12 +98,16 @@ const KernelTable kIdleKernels = {
           ++world.centred_lses;
           return 0;
         },
+    .tier_put = [](const cuda::TierPut&, StreamHandle) { return 0; },
+    .tier_choose = [](const BatchView&, const cuda::TierQuery&, StreamHandle) { return 0; },
+    .tier_fetch = [](const BatchView&, const cuda::TierQuery&, StreamHandle) { return 0; },
     .attend_shape = [](uint32_t, uint32_t, uint32_t, bool) { return cuda::AttendShape{}; },
     .attend_part_floats = [](const cuda::AttendShape&, uint32_t, uint32_t,
                              uint32_t) { return uint64_t{64}; },
     .emit_scratch_bytes = [](uint64_t, uint32_t) { return uint64_t{64}; },
     .open_pages = [](const ModelGeometry&, const PolicyParams&) { return 0u; },
-    .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t) { return 0u; },
+    .prefill_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t,
+                        uint32_t) { return 0u; },
     .prefill_end_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t,
                             const cuda::Prompt&) { return 0u; },
     .class_pages = [](const ModelGeometry&, uint32_t) { return 0u; },

@@ -198,18 +198,24 @@ TEST(CudaSequenceSizes, RankRulesWithoutKernelsAreRefusedByName) {
   EXPECT_NE(std::string(rules.error().what).find("medoids"), std::string::npos);
 }
 
-TEST(CudaSequenceSizes, StreamsAndTiersAreRefusedUntilTheyHaveKernels) {
+TEST(CudaSequenceSizes, StreamsAreRefusedUntilTheyHaveKernels) {
   PolicyParams streams = plain_policy(Format::kF16);
   streams.entropy.key_step = streams.entropy.value_step = 0.1f;
+  ASSERT_TRUE(policy_params_valid(streams));
+  const Status refused = supported(geometry_of(32, 8, 128), streams);
+  ASSERT_FALSE(refused.has_value());
+  EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+  EXPECT_NE(std::string(refused.error().what).find("entropy"), std::string::npos);
+}
+
+TEST(CudaSequenceSizes, ATierLeavesOfAPromptWhatStaysInPages) {
   PolicyParams tier = plain_policy(Format::kF16);
   tier.tier.host_bytes = 1;
-  for (const PolicyParams& p : {streams, tier}) {
-    ASSERT_TRUE(policy_params_valid(p));
-    const Status refused = supported(geometry_of(32, 8, 128), p);
-    ASSERT_FALSE(refused.has_value());
-    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
-    EXPECT_NE(std::string(refused.error().what).find("entropy or tier"), std::string::npos);
-  }
+  tier.tier.dense_layers[0] = 1;
+  const ModelGeometry g = geometry_of(2, 1, 64);
+  EXPECT_TRUE(supported(g, tier).has_value());
+  EXPECT_EQ(prefill_pages(g, tier, 0, 32'000), 500u + 500 / 72) << "2 bits, 64 tokens a page";
+  EXPECT_EQ(prefill_pages(g, tier, 1, 32'000), 8u) << "start and recent";
 }
 
 }  // namespace

@@ -45,6 +45,15 @@ struct TierParams {
   [[nodiscard]] constexpr bool dense(uint32_t layer) const {
     return (dense_layers[layer / 32] >> (layer % 32) & 1u) != 0;
   }
+  // Of a prompt of so many tokens, those of a sparse layer that stay in pages at its start, and
+  // those in the tier behind them.
+  [[nodiscard]] constexpr uint32_t kept_first(uint32_t tokens) const {
+    return tokens < start ? tokens : start;
+  }
+  [[nodiscard]] constexpr uint32_t tier_tokens(uint32_t tokens) const {
+    const uint32_t others = tokens - kept_first(tokens);
+    return others < recent ? 0 : others - recent;
+  }
 };
 static_assert(std::is_trivially_copyable_v<EntropyParams> && sizeof(EntropyParams) == 16);
 static_assert(std::is_trivially_copyable_v<TierParams> && sizeof(TierParams) == 48);
