@@ -178,9 +178,9 @@ Status GpuTierMemory::grow(GpuEngine& engine, uint32_t tokens, uint32_t fetched)
     return GpuMemory::make(gpu, Place::kDevice, bytes, name);
   };
   const uint32_t pages = working_pages(fetched);
-  THINKV_ASSIGN_OR_RETURN(GpuMemory scores,
-                          device(uint64_t{cuda::tier_blocks(lanes_)} * tokens * sizeof(uint32_t),
-                                 "the choice of rows in a tier"));
+  THINKV_ASSIGN_OR_RETURN(GpuMemory scores, device(uint64_t{cuda::tier_regions(rows_, g.kv_heads)} *
+                                                       tokens * sizeof(uint32_t),
+                                                   "the choice of rows in a tier"));
   THINKV_ASSIGN_OR_RETURN(GpuMemory picks, device(uint64_t{g.layers} * lanes_ *
                                                       (uint64_t{1} + fetched) * sizeof(uint32_t),
                                                   "the rows chosen in a tier"));

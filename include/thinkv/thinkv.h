@@ -403,7 +403,11 @@ THINKV_API thinkv_status thinkv_sequence_token_classes(thinkv_sequence* sequence
  * the open step. The rows that the step fetches from the tier are chosen by it now, and not again
  * by the step's own query, without which the result is the same kind of choice, made later.
  * Optional, at any time in a step, for any layers. Policies without a tier take the call and ignore
- * it. Errors: INVALID_ARGUMENT where the sequence is in no step. */
+ * it. On the cuda backend q is in GPU memory, and the sequence in a batch: the call enqueues the
+ * choice, for the step that begin() began; the rows are copied when the layer attends. It can be
+ * captured, and run on another stream (thinkv_model_set_stream) beside the layers before, if the
+ * engine orders it behind begin() and before the layer's attend.
+ * Errors: INVALID_ARGUMENT where the sequence is in no step. */
 THINKV_API thinkv_status thinkv_sequence_prefetch(thinkv_sequence* sequence, uint32_t layer,
                                                   const thinkv_tensor* q, thinkv_error* error);
 

@@ -54,7 +54,7 @@ struct TierSequence {
 
 // Working memory of choices, in device memory: the host changes it between launches.
 struct TierMemory {
-  uint32_t* scores;  // [tier_blocks(lanes), room]
+  uint32_t* scores;  // [tier_regions(capacity, kv_heads), room]
   // [layers, lanes of a layer, 1 + picks_max]: 1 where the rows were chosen ahead for the step in
   // progress, then the rows, ascending.
   uint32_t* picks;
@@ -64,6 +64,10 @@ struct TierMemory {
 // Blocks that choose, each with scores of its own: the bus is the bound, not their number.
 [[nodiscard]] constexpr uint32_t tier_blocks(uint32_t lanes) {
   return lanes < 64 ? lanes : 64;
+}
+// Those of a step, then those of a choice ahead, which may run beside it on another stream.
+[[nodiscard]] constexpr uint32_t tier_regions(uint32_t capacity, uint32_t kv_heads) {
+  return tier_blocks(capacity * kv_heads) + tier_blocks(kv_heads);
 }
 
 // What a layer's rows are made from.
@@ -91,7 +95,9 @@ struct TierQuery {
   uint32_t lanes;
 };
 // Chooses ahead for the step that launch_begin began: the lanes' next launch_tier_fetch copies what
-// is chosen here and looks at no query. Without a step in progress it changes nothing.
+// is chosen here and looks at no query. Without a step in progress it changes nothing. query: of
+// lanes of one sequence. May run beside other layers of the step, behind its begin and before the
+// layer's launch_tier_fetch; one such launch at a time.
 [[nodiscard]] cudaError_t launch_tier_choose(const BatchView& view, const TierQuery& query,
                                              cudaStream_t stream);
 // Chooses where that was not done ahead, and copies. query: of all lanes of the batch.

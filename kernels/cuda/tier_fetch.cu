@@ -47,6 +47,7 @@ __device__ void choose_lane(const BatchView& view, const ChooseParams& params, u
     return;
   }
   const uint32_t group = view.geometry.q_heads / heads;
+  const uint32_t region = blockIdx.x + (params.ahead != 0 ? tier_blocks(view.capacity * heads) : 0);
   const TierLaneView lane = tier_lane(*tier, view.geometry, query.layer, row % heads);
   choose_rows<kDim>(*tier, lane,
                     {.q = query.q,
@@ -54,7 +55,7 @@ __device__ void choose_lane(const BatchView& view, const ChooseParams& params, u
                      .first = uint64_t{row - query.first_lane} * group * kDim,
                      .group = group,
                      .bf16 = view.geometry.value_type == ValueType::kBf16,
-                     .scores = memory.scores + uint64_t{blockIdx.x} * memory.room},
+                     .scores = memory.scores + uint64_t{region} * memory.room},
                     wanted, shared, picks + 1);
   // Everybody has read the mark, and the next lane's numbers may replace these.
   __syncthreads();
@@ -157,8 +158,8 @@ __global__ void __launch_bounds__(kFetchThreads)
 
 template <int kDim>
 cudaError_t launch_choose(const BatchView& view, const ChooseParams& params, cudaStream_t stream) {
-  const uint32_t all = view.capacity * view.geometry.kv_heads;
-  const uint32_t blocks = tier_blocks(all), lanes = params.query.lanes;
+  const uint32_t heads = view.geometry.kv_heads, lanes = params.query.lanes;
+  const uint32_t blocks = tier_blocks(params.ahead != 0 ? heads : view.capacity * heads);
   return launch(choose_kernel<kDim>,
                 {.blocks = lanes < blocks ? lanes : blocks, .threads = kChoiceThreads}, stream,
                 view, params);

@@ -2,8 +2,8 @@
 //
 // TailorKV (arXiv 2505.19586): rows are ranked by the few channels in which query and keys are
 // large; layers whose attention is spread out keep all rows near instead. Pure functions with a
-// stated order of addition; equal numbers: the lower channel, the newer row; what is not a number is
-// the lowest. The cuda backend chooses the same (kernels/cuda/tier_choice.cuh).
+// stated order of addition; equal numbers: the lower channel, the newer row; what is not a number
+// is the lowest. The cuda backend chooses the same (kernels/cuda/tier_choice.cuh).
 #pragma once
 
 #include <algorithm>

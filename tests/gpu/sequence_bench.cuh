@@ -90,7 +90,8 @@ inline Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t toke
   b.policy = policy;
   const uint64_t rows = uint64_t{capacity} * g.kv_heads;
   const uint64_t each = 1 + cuda::open_pages(g, b.policy) +
-                        uint64_t{g.layers} * cuda::prefill_pages(g, b.policy, 0, tokens) + more_pages;
+                        uint64_t{g.layers} * cuda::prefill_pages(g, b.policy, 0, tokens) +
+                        more_pages;
   const uint64_t pages = each * capacity;
   const uint64_t extent_pages = 1 << 18;
   const auto extents = static_cast<uint32_t>((pages + extent_pages - 1) / extent_pages);

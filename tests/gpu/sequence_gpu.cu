@@ -5,18 +5,22 @@
 //   rank    the shipped rank policies and 100 rules drawn by chance (THINKV_SEED)
 //   blocks  the same of policies that recode to blocks of tokens
 //   prompt  policies that are told the prompt's queries and token classes; each line as it is done
+//   tier    tailorkv and policies with a host tier drawn by chance: choice, copy and attention
 //   bench   microseconds of begin, append, flush and prefill; one line each
 //   bench-rank  microseconds of the end of a step with thinkv-ladder: where its rules fire, where
 //               not, and where they fire first, for the whole prompt
+//   bench-tier  microseconds of a layer's choice and copy from a host tier
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <string>
 
 #include "tests/gpu/sequence_bench.cuh"
+#include "tests/gpu/tier_bench.cuh"
 #include "tests/support/device_twin.h"
 #include "tests/support/rank_twin.h"
 #include "tests/support/seed.h"
+#include "tests/support/tier_twin.h"
 
 namespace thinkv::gputest {
 namespace {
@@ -211,6 +215,41 @@ int check_blocks() {
   return judge.exit_code();
 }
 
+int check_tier() {
+  Judge judge;
+  testing::TierTally tally;
+  const auto say = [](const std::string& what) {
+    std::printf("%s\n", what.c_str());
+    std::fflush(stdout);
+    return what;
+  };
+  judge.widths("tailorkv", 0, [&](const PolicyParams& policy, uint32_t dim) {
+    say("tailorkv, head_dim " + std::to_string(dim));
+    const ModelGeometry geometry{.layers = 2,
+                                 .q_heads = 8,
+                                 .kv_heads = 2,
+                                 .head_dim = dim,
+                                 .value_type = dim == 256 ? ValueType::kBf16 : ValueType::kFp16};
+    return testing::run_tier_policy(policy, geometry, Element::kF16, 700, 10, dim, tally);
+  });
+  if (auto policy = testing::shipped_params("tailorkv", 0)) {
+    policy->tier.dense_layers[0] = 0;
+    for (const uint32_t tokens : {cuda::kTierTile + 64, 40'000u}) {
+      const ModelGeometry geometry{.layers = 1, .q_heads = 4, .kv_heads = 1, .head_dim = 128};
+      judge(say("a prompt of " + std::to_string(tokens) + " tokens"),
+            testing::run_tier_policy(*policy, geometry, Element::kBf16, tokens, 3, 7, tally));
+    }
+  }
+  const uint64_t seed = testing::seed_from_environment(20261129);
+  for (uint64_t i = 0; i < 40; ++i) {
+    judge(say("seed " + std::to_string(seed + i)), testing::run_drawn_tier(seed + i, tally));
+  }
+  std::printf("%llu rows fetched, %llu choices ahead\n",
+              static_cast<unsigned long long>(tally.rows),
+              static_cast<unsigned long long>(tally.hints));
+  return judge.exit_code();
+}
+
 int run(int argc, char** argv) {
   const char* mode = argc > 1 ? argv[1] : "check";
   if (std::strcmp(mode, "check") == 0) return check(false, ~0u);
@@ -219,6 +258,13 @@ int run(int argc, char** argv) {
   if (std::strcmp(mode, "rank") == 0) return check_rank();
   if (std::strcmp(mode, "blocks") == 0) return check_blocks();
   if (std::strcmp(mode, "prompt") == 0) return check_prompt();
+  if (std::strcmp(mode, "tier") == 0) return check_tier();
+  if (std::strcmp(mode, "bench-tier") == 0) {
+    bench_tier(1, 32'768);
+    bench_tier(1, 131'072);
+    bench_tier(16, 8'192);
+    return 0;
+  }
   if (std::strcmp(mode, "bench-rank") == 0) {
     bench_rank(32, 32, 1200);
     bench_rank(1, 32, 32768);

@@ -16,7 +16,8 @@ from thinkvd_case import SOURCE, ThinkvdCase
 LAYERS, KV_HEADS, Q_HEADS, DIM = 2, 2, 6, 64
 SHAPE = dict(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=DIM)
 COUNTS = ("tokens", "prompt_tokens", "live_tokens", "live_tokens_max", "evicted_slots",
-          "slots_reused", "demotions", "thoughts", "budget_tokens", "over_budget_steps")
+          "slots_reused", "demotions", "thoughts", "budget_tokens", "over_budget_steps",
+          "tier_bytes")
 
 POLICY = """\
 name: small-tbe
@@ -198,6 +199,9 @@ class SameAsHost(CudaCase):
 
     def test_rules_that_are_told_the_classes(self):
         self.compare("small-classes", [0, 90, 150], 40)
+
+    def test_a_host_tier(self):
+        self.compare("tailorkv", [0, 300, 65, 12], 36)
 
 
 class Errors(CudaCase):

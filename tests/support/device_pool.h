@@ -97,7 +97,7 @@ class DevicePool {
         rank_rows_(cuda::rank_memory_shape(o.rank_tokens, kRankBlocks).bytes),
         rank_memory_(1),
         working_pages_(uint64_t{rows()} * working_lane_pages() * page_bytes_),
-        scores_(uint64_t{cuda::tier_blocks(rows())} * o.tier_rows),
+        scores_(uint64_t{cuda::tier_regions(o.capacity, o.geometry.kv_heads)} * o.tier_rows),
         picks_(uint64_t{o.geometry.layers} * rows() * (1 + o.tier_fetch)),
         working_(1),
         tier_memory_(1),

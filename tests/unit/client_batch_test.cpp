@@ -363,6 +363,77 @@ TEST_F(ReserveBehind, ClassesGoToTheGpuInPiecesWhereRulesReadThem) {
   EXPECT_EQ(beyond.error().code, ErrorCode::kInvalidArgument);
 }
 
+// ---- tiers ----
+
+class TierMemory : public ReserveBehind {
+ protected:
+  static constexpr uint32_t kPrompt = 1000;
+  static constexpr uint64_t kBytes = (kPrompt - 64) * 64 * 6 + 64 * 4;  // of the one lane
+
+  std::unique_ptr<GpuSequence> tiered(uint64_t host_bytes) {
+    PolicyParams policy = testing::plain_policy(Format::kF16);
+    policy.tier.host_bytes = host_bytes;
+    Result<std::unique_ptr<GpuSequence>> sequence = GpuSequence::open(*engine_, policy, {});
+    EXPECT_TRUE(sequence) << sequence.error().what;
+    return sequence ? std::move(*sequence) : nullptr;
+  }
+  static Status prefill(GpuSequence& sequence) {
+    return sequence.prefill(0, &world, &world, Element::kF16, kPrompt);  // nobody reads it
+  }
+};
+
+// TearDown() finds what was not given back.
+TEST_F(TierMemory, IsPinnedForAPromptAndGoesWithItsSequence) {
+  const size_t before = test::fake_cuda::held()->allocations;
+  auto sequence = tiered(kBytes);
+  ASSERT_TRUE(prefill(*sequence));
+  ASSERT_TRUE(sequence->prefill_end());
+  ASSERT_NE(sequence->tier(), nullptr);
+  EXPECT_EQ(sequence->tier()->bytes(), kBytes);
+  EXPECT_EQ(test::fake_cuda::held()->allocations, before + 2) << "rows, and where they lie";
+  sequence.reset();
+  EXPECT_EQ(test::fake_cuda::held()->allocations, before);
+}
+
+TEST_F(TierMemory, BeyondHostBytesIsRefused) {
+  auto sequence = tiered(kBytes - 1);
+  const Status refused = prefill(*sequence);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kQuotaExceeded);
+  EXPECT_EQ(sequence->tier(), nullptr);
+}
+
+TEST_F(TierMemory, ThatCannotBePinnedIsRefusedWithItsBytes) {
+  auto sequence = tiered(kBytes);
+  fail("cuMemHostAlloc", 1, cuda::kErrorOutOfMemory);
+  const Status refused = prefill(*sequence);
+  stop_failing();
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kExhausted);
+  EXPECT_NE(std::string(refused.error().what).find("359424 bytes of pinned memory"),
+            std::string::npos)
+      << refused.error().what;
+  EXPECT_EQ(sequence->tier(), nullptr);
+  EXPECT_TRUE(prefill(*sequence)) << "the layer can come again";
+}
+
+TEST_F(TierMemory, OfABatchGrowsWithItsSequencesAndIsListed) {
+  Result<std::unique_ptr<GpuBatch>> batch =
+      GpuBatch::open(*engine_, {.capacity = 1, .tokens_max = 32});
+  ASSERT_TRUE(batch);
+  sequence_ = tiered(kBytes);
+  ASSERT_TRUE(prefill(*sequence_));
+  ASSERT_TRUE(sequence_->prefill_end());
+  batch_ = std::move(*batch);
+  fail("cuMemAlloc_v2", 3, cuda::kErrorOutOfMemory);
+  EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kExhausted);
+  stop_failing();
+  ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  const Status full = batch_->reserve(1);
+  ASSERT_FALSE(full) << "16 working pages and the lane's own are more than 9";
+  EXPECT_EQ(full.error().code, ErrorCode::kInvalidArgument);
+}
+
 TEST_F(ReserveBehind, TheFirstReserveHasNothingToAskFor) {
   world.table_pages = 1;
   open(0);

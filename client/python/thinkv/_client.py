@@ -248,6 +248,7 @@ class Sequence(Handle):
         policies with a tier: the rows that the step fetches are chosen by it."""
         check = as_device if self.model.on_gpu else as_input
         query = check("q", q, (self.model.q_heads, self.model.head_dim))
+        self.model.use_current_stream()
         call("thinkv_sequence_prefetch", self._handle, layer, byref(query.tensor))
 
     def evict(self, positions: Iterable[int]) -> int:
