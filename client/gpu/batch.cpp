@@ -219,20 +219,6 @@ Status GpuBatch::use_emission(const GpuSequence& sequence) {
   return {};
 }
 
-Status GpuBatch::use_tier(const GpuSequence& sequence) {
-  const GpuTier* const tier = sequence.tier();
-  if (tier == nullptr) return {};
-  if (view_.tiers == nullptr && launched_) {
-    return make_error(kInvalidArgument,
-                      "this batch's steps were launched without reading a host tier, which this "
-                      "sequence's policy has: open another batch for it");
-  }
-  if (!tier_memory_.is_open()) THINKV_TRY(tier_memory_.open(*engine_, options_.capacity));
-  THINKV_TRY(tier_memory_.make_room(*engine_, *tier));
-  tier_memory_.show(view_);
-  return {};
-}
-
 Status GpuBatch::set(uint32_t row, GpuSequence* sequence) {
   if (row >= rows_.size()) {
     return describe(kInvalidArgument, "row %u of a batch with %zu rows", row, rows_.size());
@@ -432,16 +418,6 @@ Status GpuBatch::append(uint32_t layer, const void* k, const void* v, cuda::Elem
       engine_->kernels().append(view_, layer, k, v, element, engine_->stream()), "append");
 }
 
-Status GpuBatch::prefetch(uint32_t row, uint32_t layer, const void* q, cuda::Element element) {
-  THINKV_TRY(require_layer(layer));
-  if (rows_[row] == nullptr || rows_[row]->tier() == nullptr) return {};
-  const uint32_t heads = engine_->geometry().kv_heads;
-  const cuda::ContextScope context(engine_->gpu());
-  return GpuEngine::launched(engine_->kernels().tier_choose(
-                                 view_, {q, element, layer, row * heads, heads}, engine_->stream()),
-                             "tier_choose");
-}
-
 Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   THINKV_TRY(require_layer(layer));
   const ModelGeometry& g = engine_->geometry();
@@ -476,12 +452,7 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
     p.score_reduce = score_reduce_;
   }
   const cuda::ContextScope context(engine_->gpu());
-  if (view_.tiers != nullptr) {
-    THINKV_TRY(
-        GpuEngine::launched(engine_->kernels().tier_fetch(
-                                view_, {io.q, io.q_element, layer, 0, lanes_}, engine_->stream()),
-                            "tier_fetch"));
-  }
+  THINKV_TRY(fetch(layer, io));
   THINKV_TRY(
       GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend"));
   if (io.lse == nullptr) return {};
