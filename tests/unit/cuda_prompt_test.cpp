@@ -201,7 +201,7 @@ TEST(CudaPrompt, BadMetadataIsReportedAndNotFollowed) {
       const PolicyParams policy = policy_of(name, 40);
       batch.open(0, policy);
       const uint32_t root = batch.twin(0)->root;
-      batch.pool().supply(prefill_pages(g, policy, layer, 50));
+      batch.pool().supply(prefill_pages(g, policy, 0, 50));
       testing::DeviceVector<float> rows(uint64_t{50} * 2 * 64);
       std::fill_n(rows.data(), rows.size(), 1.0f);
       const BatchView view = batch.pool().view();
