@@ -129,9 +129,10 @@ class Logits(TransformersCase):
                 if past_recording:
                     cache.activate_past_recording()
                 self.run_of(model, cache, ids, mask, [])
+                tokens = [row["tokens"] for row in cache.stats()]
+                self.assertGreater(max(tokens), 40)
                 for row in cache.stats():
-                    self.assertGreater(row["tokens"], 40)
-                    self.assertEqual(row["live_tokens_max"], 40)
+                    self.assertEqual(row["live_tokens_max"], min(row["tokens"], 40))
                 cache.close()
 
     def test_sliding_layers_hold_their_window_and_no_more(self):
