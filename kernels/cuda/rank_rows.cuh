@@ -75,6 +75,7 @@ struct RankShared {
     RankRecode recode;
     CompactShared compact;
     BlockTile tile;
+    uint32_t layer_bins[256];  // of all heads, because loading a head uses `bins`
   };
 };
 

@@ -108,16 +108,18 @@ template <int kDim>
   uint64_t prefix = 0;
   for (uint32_t shift = 64; shift > 0;) {
     shift -= 8;
-    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.bins[b] = 0;
+    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.layer_bins[b] = 0;
     __syncthreads();
     for (uint32_t h = 0; h < layer.heads; ++h) {
       if (!load_head<kDim>(layer, rule, h, true, head)) return lane_detail::kNoKey;
       for_each_open(head, h, [&](uint64_t key) {
         if (shift < 56 && ((key ^ prefix) >> (shift + 8)) != 0) return;
-        atomicAdd(&shared.bins[static_cast<uint32_t>(key >> shift) & 255u], 1u);
+        atomicAdd(&shared.layer_bins[static_cast<uint32_t>(key >> shift) & 255u], 1u);
       });
       __syncthreads();
     }
+    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.bins[b] = shared.layer_bins[b];
+    __syncthreads();
     if (threadIdx.x < 32) find_bin(shared, left);
     __syncthreads();
     prefix |= uint64_t{shared.digit} << shift;

@@ -67,6 +67,33 @@ TEST(CudaRankLong, PromptsBeyondABlockAgreeWithTheHost) {
   }
 }
 
+// The last place of a layer is found over all heads while each head's rows are loaded again; of
+// equal numbers by the row, whose higher bytes are 0.
+TEST(CudaRankShared, HeadsWithEqualNumbersAgreeWithTheHost) {
+  PolicyParams p = testing::plain_policy(Format::kF16);
+  p.evict = EvictRule::kRank;
+  p.rule_count = 1;
+  p.score_kind = ScoreKind::kWindow;  // of one query: few different numbers
+  p.score_window = 1;
+  RankRule& rule = p.rules[0];
+  rule.every = 16;
+  rule.budget = BudgetRule::kShared;
+  rule.attention = 1.0f;
+  for (uint32_t i = 0; i < 12; ++i) {
+    p.budget_tokens = 30 + i;
+    rule.budget_low = static_cast<float>(i % 4) * 0.25f;
+    testing::TwinBatch batch(
+        {.geometry = {.layers = 1, .q_heads = 3, .kv_heads = 3, .head_dim = 64},
+         .seed = i + 1,
+         .plant_scores = true});
+    batch.open(0, p);
+    batch.prefill(0, 50 + i);
+    for (uint32_t token = 0; token < 34; ++token) batch.step();
+    EXPECT_EQ(testing::compared(batch, "34 steps"), "") << i;
+    EXPECT_GT(batch.twin(0)->host->stats().evicted_slots, 3 * 34u);
+  }
+}
+
 TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
   const auto policy = testing::shipped_params("r-kv", 64);
   ASSERT_TRUE(policy.has_value());
