@@ -240,6 +240,7 @@ int check_tier() {
             testing::run_tier_policy(*policy, geometry, Element::kBf16, tokens, 3, 7, tally));
     }
   }
+  judge(say("a graph"), check_tier_graph());
   const uint64_t seed = testing::seed_from_environment(20261129);
   for (uint64_t i = 0; i < 40; ++i) {
     judge(say("seed " + std::to_string(seed + i)), testing::run_drawn_tier(seed + i, tally));

@@ -1,8 +1,10 @@
-// tier_bench.cuh: what a layer's choice and copy from a host tier cost (sequence_gpu.cu).
+// tier_bench.cuh: what a layer's choice and copy from a host tier cost, and that a graph of them
+// finds what grew (sequence_gpu.cu).
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
+#include <string>
 #include <vector>
 
 #include "kernels/cuda/tier.h"
@@ -89,6 +91,63 @@ inline TierBench make_tier_bench(uint32_t capacity, uint32_t tokens) {
       device_array<uint32_t>(uint64_t{lanes} * (1 + TierBench::kFetch)), tokens,
       TierBench::kFetch});
   return b;
+}
+
+// The rows that were chosen last.
+inline std::vector<uint32_t> picks_of(const TierBench& b) {
+  cuda::TierMemory memory;
+  THINKV_CHECK(cudaMemcpy(&memory, b.view.tier_memory, sizeof memory, cudaMemcpyDefault) ==
+               cudaSuccess);
+  std::vector<uint32_t> picks(uint64_t{b.view.capacity} * b.geometry.kv_heads *
+                              (1 + memory.picks_max));
+  THINKV_CHECK(cudaMemcpy(picks.data(), memory.picks, 4 * picks.size(), cudaMemcpyDefault) ==
+               cudaSuccess);
+  return picks;
+}
+
+// Memory of its own for the same view, as when a sequence joins.
+inline void move_tier_memory(const TierBench& b, uint32_t tokens) {
+  const uint32_t lanes = b.view.capacity * b.geometry.kv_heads;
+  const cuda::TierMemory memory{
+      device_array<uint32_t>(uint64_t{cuda::tier_regions(b.view.capacity, b.geometry.kv_heads)} *
+                             tokens),
+      device_array<uint32_t>(uint64_t{lanes} * (1 + TierBench::kFetch)), tokens, TierBench::kFetch};
+  THINKV_CHECK(cudaMemcpy(const_cast<cuda::TierMemory*>(b.view.tier_memory), &memory, sizeof memory,
+                          cudaMemcpyDefault) == cudaSuccess);
+}
+
+// A graph of one layer, replayed with another query and after its memory moved, chooses what
+// launches choose. Result: what is wrong, or nothing.
+inline std::string check_tier_graph() {
+  constexpr uint32_t kTokens = 3000;
+  const TierBench b = make_tier_bench(2, kTokens);
+  const cuda::TierQuery query{b.q, Element::kF16, 0, 0, 2 * b.geometry.kv_heads};
+  const auto must = [](cudaError_t error) { THINKV_CHECK(error == cudaSuccess); };
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  must(cudaStreamCreate(&stream));
+  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  must(cuda::launch_tier_fetch(b.view, query, stream));
+  must(cudaStreamEndCapture(stream, &graph));
+  must(cudaGraphInstantiate(&exec, graph, 0));
+  const auto replayed = [&] {
+    must(cudaGraphLaunch(exec, stream));
+    must(cudaStreamSynchronize(stream));
+    return picks_of(b);
+  };
+  const std::vector<uint32_t> first = replayed();
+  // Another query, of the first half of the heads: all its numbers are the same.
+  must(cudaMemset(b.q, 0x3C, uint64_t{b.geometry.q_heads} * b.geometry.head_dim));
+  const std::vector<uint32_t> second = replayed();
+  move_tier_memory(b, 2 * kTokens);
+  const std::vector<uint32_t> moved = replayed();
+  must(cuda::launch_tier_fetch(b.view, query, stream));
+  must(cudaStreamSynchronize(stream));
+  const std::vector<uint32_t> launched = picks_of(b);
+  if (first == second) return "another query chose the same rows";
+  if (second != moved) return "what was moved was not found";
+  return moved == launched ? "" : "a graph chose other rows than a launch";
 }
 
 // Medians of 20 launches of one layer.
