@@ -187,11 +187,11 @@ inline void bench(uint32_t capacity, uint32_t layers, uint32_t tokens, bool scor
   must(cudaFree(reinterpret_cast<void*>(b.view.pool.base)));
 }
 
-// thinkv-ladder on prompts of `tokens` tokens. Attention is not run: chance stands for its sums.
+// thinkv on prompts of `tokens` tokens. Attention is not run: chance stands for its sums.
 inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
   constexpr uint32_t kBudget = 1024, kWindow = 64, kSteps = 128;
   const ModelGeometry g = geometry_of(layers, 8, 128, ValueType::kBf16);
-  std::optional<PolicyParams> policy = testing::shipped_params("thinkv-ladder", kBudget);
+  std::optional<PolicyParams> policy = testing::shipped_params("thinkv", kBudget);
   THINKV_CHECK(policy.has_value() && policy->score_window == kWindow);
   for (uint32_t i = 0; i < policy->rule_count; ++i) policy->rules[i].random = 1.0f;
   const uint32_t held = cuda::prefill_pages(g, *policy, 0, tokens) / g.kv_heads;
@@ -223,7 +223,7 @@ inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
   cuda::Lease lease;
   must(cudaMemcpy(&lease, b.view.lease, sizeof lease, cudaMemcpyDefault));
   std::printf(
-      "thinkv-ladder, %u x %u layers x 8 heads, %u tokens: first firing %.0f us, a firing %.0f us, "
+      "thinkv, %u x %u layers x 8 heads, %u tokens: first firing %.0f us, a firing %.0f us, "
       "a step without %.1f us, pages held %llu, live %llu, faults %u\n",
       capacity, layers, tokens, first, firing[firing.size() / 2], idle[idle.size() / 2],
       static_cast<unsigned long long>(lease.used_total),

@@ -7,7 +7,7 @@
 //   prompt  policies that are told the prompt's queries and token classes; each line as it is done
 //   tier    tailorkv and policies with a host tier drawn by chance: choice, copy and attention
 //   bench   microseconds of begin, append, flush and prefill; one line each
-//   bench-rank  microseconds of the end of a step with thinkv-ladder: where its rules fire, where
+//   bench-rank  microseconds of the end of a step with thinkv: where its rules fire, where
 //               not, and where they fire first, for the whole prompt
 //   bench-tier  microseconds of a layer's choice and copy from a host tier
 #include <chrono>
@@ -129,7 +129,7 @@ int check_rank() {
       return testing::run_rank_policy(policy, dim, tally);
     });
   }
-  for (const char* name : {"h2o", "thinkv-ladder", "fastgen", "dbudgetkv", "kvcrush"}) {
+  for (const char* name : {"h2o", "thinkv", "fastgen", "dbudgetkv", "kvcrush"}) {
     const auto policy = testing::shipped_params(name, 300);
     if (!policy) continue;  // said above
     judge(std::string(name) + ", a long prompt",
@@ -156,7 +156,7 @@ void timed(Judge& judge, const std::string& what, const Run& run) {
 int check_prompt() {
   Judge judge;
   testing::RankTally tally;
-  for (const char* name : {"snapkv", "h2o", "thinkv-ladder", "fastgen", "uncomp"}) {
+  for (const char* name : {"snapkv", "h2o", "thinkv", "fastgen", "uncomp"}) {
     auto policy = testing::shipped_params(name, 64);
     if (!policy) {
       judge(name, "the policy cannot be read (THINKV_SOURCE_DIR)");

@@ -32,7 +32,7 @@ inline const std::vector<std::string>& rank_policies() {
   static const std::vector<std::string> names = {
       "streaming-llm", "h2o",     "snapkv", "pyramidkv", "r-kv",    "random",
       "dbudgetkv",     "kvcrush", "uncomp", "diffkv",    "fastgen", "quantized-pruning",
-      "kivi",          "xquant",  "think"};
+      "kivi",          "xquant",  "think",  "thinkv"};
   return names;
 }
 

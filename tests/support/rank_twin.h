@@ -17,7 +17,7 @@ namespace thinkv::testing {
 // Shipped policies whose rules run on the device, and one without rules.
 inline constexpr const char* kRankPolicies[] = {
     "streaming-llm",     "h2o",           "snapkv", "pyramidkv", "random",
-    "quantized-pruning", "thinkv-ladder", "diffkv", "fastgen",   "r-kv",
+    "quantized-pruning", "thinkv", "diffkv", "fastgen",   "r-kv",
     "dbudgetkv",         "kvcrush",       "uncomp", "full"};
 
 inline std::optional<PolicyParams> shipped_params(const std::string& name, uint32_t budget) {

@@ -23,7 +23,7 @@ PolicyParams policy_of(const char* name, uint32_t budget) {
 
 // Rows of several tiles and sets, above and below the kernel for few tokens.
 TEST(CudaPrompt, QueriesOfLongPromptsAgreeWithTheHost) {
-  for (const char* name : {"snapkv", "h2o", "thinkv-ladder", "dbudgetkv", "uncomp"}) {
+  for (const char* name : {"snapkv", "h2o", "thinkv", "dbudgetkv", "uncomp"}) {
     EXPECT_EQ(testing::run_long_prompt(policy_of(name, 300), kRankRowsFew + 200, 64, 1, 64), "")
         << name;
     EXPECT_EQ(testing::run_long_prompt(policy_of(name, 100), 333, 128, 2, 7), "") << name;

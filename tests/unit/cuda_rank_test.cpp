@@ -47,7 +47,7 @@ INSTANTIATE_TEST_SUITE_P(Policies, CudaRank, ::testing::ValuesIn(testing::kRankP
 
 // More tokens than the kernel for few of them has room for.
 TEST(CudaRankLong, PromptsAgreeWithTheHost) {
-  for (const char* name : {"streaming-llm", "thinkv-ladder", "quantized-pruning", "dbudgetkv"}) {
+  for (const char* name : {"streaming-llm", "thinkv", "quantized-pruning", "dbudgetkv"}) {
     const auto policy = testing::shipped_params(name, 300);
     ASSERT_TRUE(policy.has_value());
     EXPECT_EQ(testing::run_long_prompt(*policy, kRankRowsFew + 200), "") << name;
@@ -56,7 +56,7 @@ TEST(CudaRankLong, PromptsAgreeWithTheHost) {
 
 // More than a block has room for: rows lie in RankMemory.
 TEST(CudaRankLong, PromptsBeyondABlockAgreeWithTheHost) {
-  for (const char* name : {"h2o", "thinkv-ladder", "fastgen", "dbudgetkv", "kvcrush"}) {
+  for (const char* name : {"h2o", "thinkv", "fastgen", "dbudgetkv", "kvcrush"}) {
     auto policy = testing::shipped_params(name, 300);
     ASSERT_TRUE(policy.has_value());
     policy->score_window = std::min<uint16_t>(policy->score_window, 16);
@@ -101,7 +101,7 @@ TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
   const uint32_t slots = page_layout(Format::kF16, 256).slots;
   EXPECT_EQ(lane_pages_limit(g, *policy), (rank_rows_max(*policy, 256) - 1) / slots);
   EXPECT_EQ(rank_memory_tokens(g, *policy, 1u << 20, 1u << 20), 0u) << "no memory helps";
-  const auto other = testing::shipped_params("thinkv-ladder", 64);
+  const auto other = testing::shipped_params("thinkv", 64);
   ASSERT_TRUE(other.has_value());
   const ModelGeometry usual{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
   EXPECT_GE(lane_pages_limit(usual, *other) * page_layout(Format::kK8V4, 128).slots, 32768u);
@@ -109,7 +109,7 @@ TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
 
 // What a rule kept at its last firing and what came since, not the whole lane.
 TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
-  const auto policy = testing::shipped_params("thinkv-ladder", 1024);
+  const auto policy = testing::shipped_params("thinkv", 1024);
   ASSERT_TRUE(policy.has_value());
   const ModelGeometry g{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
   const uint32_t wide = page_layout(Format::kK8V4, 128).slots;
