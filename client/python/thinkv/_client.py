@@ -228,8 +228,9 @@ class Sequence(Handle):
 
     def prefill_queries(self, layer: int, q: Any) -> None:
         """q: [count, q_heads, head_dim], the newest queries of the prompt after rotary embedding,
-        up to all of them; the policy says which count. Optional, for policies with rules that fire at the prompt's end: for all layers
-        or for none, each after its prefill and before prefill_end."""
+        up to all of them; the policy says which count. Optional, for policies with rules that fire
+        at the prompt's end: for all layers or for none, each after its prefill and before
+        prefill_end."""
         shape = (None, self.model.q_heads, self.model.head_dim)
         self.model.use_current_stream()
         check = as_device if self.model.on_gpu else as_input
