@@ -16,9 +16,9 @@ namespace thinkv::testing {
 
 // Shipped policies whose rules run on the device, and one without rules.
 inline constexpr const char* kRankPolicies[] = {
-    "streaming-llm",     "h2o",           "snapkv", "pyramidkv", "random",
-    "quantized-pruning", "thinkv", "diffkv", "fastgen",   "r-kv",
-    "dbudgetkv",         "kvcrush",       "uncomp", "full"};
+    "streaming-llm",     "h2o",     "snapkv", "pyramidkv", "random",
+    "quantized-pruning", "thinkv",  "diffkv", "fastgen",   "r-kv",
+    "dbudgetkv",         "kvcrush", "uncomp", "full"};
 
 inline std::optional<PolicyParams> shipped_params(const std::string& name, uint32_t budget) {
   const char* root = std::getenv("THINKV_SOURCE_DIR");
