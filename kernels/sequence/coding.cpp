@@ -86,12 +86,6 @@ void drop_from_pages(SequenceState& state, uint32_t lane_index, uint32_t first) 
 
 }  // namespace
 
-uint32_t coded_tokens(const EntropyParams& entropy, uint32_t tokens) {
-  // The open block counts as if it were whole.
-  const uint32_t end = (tokens / kBlockTokens + 1) * kBlockTokens;
-  return end > entropy.recent ? end - entropy.recent : 0;
-}
-
 bool load_coding(SequenceState& state) {
   CodingWork& work = state.coding;
   work.decoders.assign(state.geometry.layers, std::nullopt);

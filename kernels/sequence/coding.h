@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/policy/coded_tokens.h"
 #include "kernels/sequence/stream.h"
 #include "kernels/stream/coded_block.h"
 #include "thinkv/result.h"
@@ -36,8 +37,7 @@ struct CodingWork {
   bool due = false;                                    // this step writes a block of each lane
 };
 
-// How many tokens of a sequence of `tokens` belong into streams: whole blocks.
-[[nodiscard]] uint32_t coded_tokens(const EntropyParams& entropy, uint32_t tokens);
+using policy::coded_tokens;
 
 // Makes the working memory and reads the codebooks. Result: false where they are no codebooks or a
 // stream does not fit together. Requires: a policy with streams.

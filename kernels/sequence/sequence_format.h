@@ -31,6 +31,7 @@
 #include <type_traits>
 
 #include "kernels/policy/segments.h"
+#include "kernels/stream/block_rule.h"
 #include "kernels/stream/huffman.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/internal/policy_params.h"
@@ -112,18 +113,6 @@ struct RankLane {
 };
 static_assert(sizeof(RankLane) == 2 * kGranuleBytes);
 inline constexpr uint32_t kRankLaneGranules = sizeof(RankLane) / kGranuleBytes;
-
-// Blocks begin at multiples of it, so that 32 bits reach 64 GiB.
-inline constexpr uint32_t kStreamUnitBytes = 16;
-
-// 64 tokens of a stream (kernels/stream/coded_block.h).
-struct StreamBlock {
-  uint32_t unit;  // where it begins, in units from the stream's first byte
-  uint32_t bytes;
-  uint32_t first_position;
-  uint32_t raw;  // 1: 16-bit rows
-};
-static_assert(sizeof(StreamBlock) == 16);
 
 // The entropy-coded part of a lane: bytes that are only ever added at the end.
 struct StreamLane {

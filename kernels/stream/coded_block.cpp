@@ -4,29 +4,12 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "thinkv/internal/check.h"
 #include "thinkv/internal/small_float.h"
 
 namespace thinkv::kernels {
 namespace {
-
-// |zero| stays below 2^15 with room for the rounding of the step to bf16.
-constexpr float kZeroMax = 32000.0f;
-constexpr size_t kRunBytesSize = 2 * kBlockRuns * sizeof(uint16_t);
-
-constexpr size_t head_bytes(uint32_t dim) {
-  return kRunBytesSize + sizeof(UnitScale) * (dim + kBlockTokens);
-}
-
-// Codes of at most 15 bits are always shorter than 16-bit values, whatever the codebook was made
-// of.
-constexpr bool always_shrinks(uint32_t dim) {
-  const size_t codes = 2 * kBlockRuns * (size_t{kRunTokens} * dim * kCodeBitsMax / 8);
-  return head_bytes(dim) + codes < raw_block_bytes(dim);
-}
-static_assert(always_shrinks(64) && always_shrinks(128) && always_shrinks(256));
 
 template <class T>
 std::byte* put(std::byte* at, const T& value) {
@@ -78,33 +61,13 @@ bool quantise_unit(const float* x, size_t n, size_t stride, float share, uint8_t
     low = std::min(low, value);
     high = std::max(high, value);
   }
-  const float largest = std::max(std::fabs(low), std::fabs(high));
-  // Halves first: the range of two large values may be no fp32.
-  const float range = std::min(2.0f * (high / 2 - low / 2), std::numeric_limits<float>::max());
-  scale->step = bf16_from_float(std::max(share * range, largest / kZeroMax));
-  const double step = bf16_to_float(scale->step);
-  if (step == 0.0 || !std::isfinite(step)) {
-    *scale = {};
-    for (size_t i = 0; i < n; ++i) codes[i * stride] = 0;
-    return largest == 0.0f;
-  }
-  const auto zero = static_cast<int64_t>(std::llround(low / step));
+  if (!scale_unit(low, high, share, scale)) return false;
   for (size_t i = 0; i < n; ++i) {
-    const int64_t code = std::llround(x[i * stride] / step) - zero;
-    // A step among the bf16 subnormals can be far from what was asked for.
+    const int64_t code = unit_code(x[i * stride], *scale);
     if (code < 0 || code > 255) return false;
     codes[i * stride] = static_cast<uint8_t>(code);
   }
-  if (zero < std::numeric_limits<int16_t>::min() || zero > std::numeric_limits<int16_t>::max()) {
-    return false;
-  }
-  scale->zero = static_cast<int16_t>(zero);
   return true;
-}
-
-float dequantise(uint8_t code, UnitScale scale) {
-  // Exact in fp32: 17 bits times the 8 bits of the step.
-  return static_cast<float>(int32_t{code} + scale.zero) * bf16_to_float(scale.step);
 }
 
 void quantise_block(const float* k, const float* v, uint32_t dim, StepShares shares,
@@ -138,7 +101,7 @@ bool encode_block(const BlockCodes& block, const BlockRows& rows, const BlockEnc
     encode_raw(rows, out);
     return true;
   }
-  out.resize(head_bytes(rows.dim));
+  out.resize(block_head_bytes(rows.dim));
   const size_t run = size_t{kRunTokens} * rows.dim;
   std::array<uint16_t, 2 * kBlockRuns> run_bytes{};
   // At most 8 x 256 codes of 15 bits.
@@ -154,21 +117,21 @@ bool encode_block(const BlockCodes& block, const BlockRows& rows, const BlockEnc
   std::byte* at = put(out.data(), run_bytes);
   at = put_scales(at, block.k_scales);
   at = put_scales(at, block.v_scales);
-  THINKV_CHECK(at == out.data() + head_bytes(rows.dim));
+  THINKV_CHECK(at == out.data() + block_head_bytes(rows.dim));
   return false;
 }
 
 bool decode_block(std::span<const std::byte> bytes, const BlockDecoders& decoders,
                   std::vector<uint8_t>& codes, const BlockOutput& out) {
   const uint32_t dim = out.dim;
-  if (bytes.size() < head_bytes(dim) || dim > 256) return false;
+  if (bytes.size() < block_head_bytes(dim) || dim > 256) return false;
   std::array<uint16_t, 2 * kBlockRuns> run_bytes;
   std::array<UnitScale, 256> k_scales;
   std::array<UnitScale, kBlockTokens> v_scales;
   const std::byte* at = get(bytes.data(), &run_bytes);
   at = get_scales(at, {k_scales.data(), dim});
   static_cast<void>(get_scales(at, v_scales));
-  std::span<const std::byte> left = bytes.subspan(head_bytes(dim));
+  std::span<const std::byte> left = bytes.subspan(block_head_bytes(dim));
   const size_t run = size_t{kRunTokens} * dim;
   codes.resize(run);
   for (uint32_t r = 0; r < 2 * kBlockRuns; ++r) {

@@ -18,27 +18,17 @@
 #include <span>
 #include <vector>
 
+#include "kernels/stream/block_rule.h"
 #include "kernels/stream/huffman.h"
 #include "thinkv/internal/format.h"
 
 namespace thinkv::kernels {
-
-inline constexpr uint32_t kBlockTokens = 64;
-inline constexpr uint32_t kBlockRuns = 8;  // a side
-inline constexpr uint32_t kRunTokens = kBlockTokens / kBlockRuns;
-
-// How one unit was quantised.
-struct UnitScale {
-  uint16_t step = 0;  // bf16: all exponents of fp32, so no range is too wide or too narrow
-  int16_t zero = 0;
-};
 
 // n values, x[i * stride], to codes[i * stride]. The step is `share` of their range, or larger
 // where `zero` would need more than 16 bits: for values that differ by less than their rounding.
 // Result: false where they have no codes: one is not finite, or all are too small for a step.
 [[nodiscard]] bool quantise_unit(const float* x, size_t n, size_t stride, float share,
                                  uint8_t* codes, UnitScale* scale);
-[[nodiscard]] float dequantise(uint8_t code, UnitScale scale);
 
 struct StepShares {
   float key;
@@ -73,10 +63,6 @@ struct BlockDecoders {
   HuffmanDecoder key;
   HuffmanDecoder value;
 };
-
-[[nodiscard]] constexpr uint32_t raw_block_bytes(uint32_t dim) {
-  return kBlockTokens * dim * 2 * 2;
-}
 
 struct BlockRows {
   const float* k;  // [64, dim], as quantise_block had them

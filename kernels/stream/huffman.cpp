@@ -10,57 +10,26 @@
 namespace thinkv::kernels {
 namespace {
 
-constexpr uint32_t kNodes = 2 * kSymbolCount - 1;
-
-// Lengths of an unlimited code: two queues, leaves by (count, symbol) and sums in their order.
-CodeLengths unlimited_lengths(const SymbolCounts& counts) {
+// Lengths of an unlimited code. Result: the longest.
+uint32_t unlimited_lengths(const SymbolCounts& counts, CodeLengths& lengths) {
   std::array<uint16_t, kSymbolCount> leaves{};
   for (uint32_t i = 0; i < kSymbolCount; ++i) leaves[i] = static_cast<uint16_t>(i);
   std::stable_sort(leaves.begin(), leaves.end(),
                    [&](uint16_t a, uint16_t b) { return counts[a] < counts[b]; });
-  std::array<uint64_t, kNodes> weight{};
-  std::array<uint16_t, kNodes> parent{};
-  for (uint32_t i = 0; i < kSymbolCount; ++i) weight[i] = counts[leaves[i]];
-  uint32_t leaf = 0;
-  uint32_t inner = kSymbolCount;
-  for (uint32_t next = kSymbolCount; next < kNodes; ++next) {
-    for (uint32_t child = 0; child < 2; ++child) {
-      const bool take_leaf =
-          leaf < kSymbolCount && (inner >= next || weight[leaf] <= weight[inner]);
-      const uint32_t node = take_leaf ? leaf++ : inner++;
-      weight[next] += weight[node];
-      parent[node] = static_cast<uint16_t>(next);
-    }
-  }
-  std::array<uint8_t, kNodes> depth{};
-  CodeLengths lengths{};
-  for (uint32_t node = kNodes - 1; node-- > 0;) {
-    depth[node] = static_cast<uint8_t>(depth[parent[node]] + 1);
-  }
-  for (uint32_t i = 0; i < kSymbolCount; ++i) lengths[leaves[i]] = depth[i];
-  return lengths;
+  CodeTree tree;
+  for (uint32_t i = 0; i < kSymbolCount; ++i) tree.weight[i] = counts[leaves[i]];
+  const uint32_t longest = grow_code_tree(tree);
+  for (uint32_t i = 0; i < kSymbolCount; ++i) lengths[leaves[i]] = tree.depth[i];
+  return longest;
 }
 
-// Symbols by (length, symbol): the order of their codes.
-std::array<uint8_t, kSymbolCount> code_order(const CodeLengths& lengths) {
-  std::array<uint8_t, kSymbolCount> order{};
-  for (uint32_t i = 0; i < kSymbolCount; ++i) order[i] = static_cast<uint8_t>(i);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](uint8_t a, uint8_t b) { return lengths[a] < lengths[b]; });
-  return order;
-}
+using LengthCounts = std::array<uint32_t, kCodeBitsMax + 1>;
 
-// Calls visit(symbol, code) in the order of codes.
-template <class Visit>
-void for_each_code(const CodeLengths& lengths, Visit visit) {
-  uint32_t code = 0;
-  uint32_t bits = 0;
-  for (const uint8_t symbol : code_order(lengths)) {
-    code <<= lengths[symbol] - bits;
-    bits = lengths[symbol];
-    visit(symbol, code);
-    ++code;
-  }
+// Requires: lengths of at most kCodeBitsMax.
+LengthCounts count_lengths(const CodeLengths& lengths) {
+  LengthCounts symbols{};
+  for (const uint8_t bits : lengths) symbols[bits] += 1;
+  return symbols;
 }
 
 // The next bits of a byte string, high end first; zeros behind its end.
@@ -96,27 +65,26 @@ class BitReader {
 
 CodeLengths make_code_lengths(SymbolCounts counts) {
   for (uint64_t& count : counts) count = std::max<uint64_t>(count, 1);
-  for (;;) {
-    const CodeLengths lengths = unlimited_lengths(counts);
-    // Ends: halved often enough all counts are equal, and every code has 8 bits.
-    if (*std::max_element(lengths.begin(), lengths.end()) <= kCodeBitsMax) return lengths;
-    for (uint64_t& count : counts) count = (count + 1) / 2;
+  CodeLengths lengths{};
+  // Ends: halved often enough all counts are equal, and every code has 8 bits.
+  while (unlimited_lengths(counts, lengths) > kCodeBitsMax) {
+    for (uint64_t& count : counts) count = halved_count(count);
   }
+  return lengths;
 }
 
 bool code_lengths_valid(const CodeLengths& lengths) {
-  uint32_t used = 0;
   for (const uint8_t bits : lengths) {
     if (bits == 0 || bits > kCodeBitsMax) return false;
-    used += 1u << (kCodeBitsMax - bits);
   }
-  return used == 1u << kCodeBitsMax;
+  return code_complete(count_lengths(lengths).data());
 }
 
 HuffmanEncoder::HuffmanEncoder(const CodeLengths& lengths) : lengths_(lengths) {
-  for_each_code(lengths, [&](uint8_t symbol, uint32_t code) {
-    codes_[symbol] = static_cast<uint16_t>(code);
-  });
+  CodeStarts starts = code_starts(count_lengths(lengths).data());
+  for (uint32_t symbol = 0; symbol < kSymbolCount; ++symbol) {
+    codes_[symbol] = static_cast<uint16_t>(starts.code[lengths[symbol]]++);
+  }
 }
 
 void HuffmanEncoder::encode(std::span<const uint8_t> symbols, std::vector<std::byte>& out) const {
@@ -130,19 +98,24 @@ void HuffmanEncoder::encode(std::span<const uint8_t> symbols, std::vector<std::b
   if (bits > 0) out.push_back(static_cast<std::byte>(held << (8 - bits) & 0xFF));
 }
 
-HuffmanDecoder::HuffmanDecoder(const CodeLengths& lengths) : order_(code_order(lengths)) {
-  int32_t index = 0;
-  for_each_code(lengths, [&](uint8_t symbol, uint32_t code) {
-    const uint32_t bits = lengths[symbol];
-    // Codes of one length follow each other, so each of them says the same for its length.
-    first_[bits] = index - static_cast<int32_t>(code);
-    limit_[bits] = (code + 1) << (kCodeBitsMax - bits);
-    ++index;
-    if (bits > kFastBits) return;
+HuffmanDecoder::HuffmanDecoder(const CodeLengths& lengths) {
+  const LengthCounts symbols = count_lengths(lengths);
+  const CodeStarts starts = code_starts(symbols.data());
+  for (uint32_t bits = 1; bits <= kCodeBitsMax; ++bits) {
+    first_[bits] =
+        static_cast<int32_t>(starts.before[bits]) - static_cast<int32_t>(starts.code[bits]);
+    limit_[bits] = (starts.code[bits] + symbols[bits]) << (kCodeBitsMax - bits);
+  }
+  CodeStarts next = starts;
+  for (uint32_t symbol = 0; symbol < kSymbolCount; ++symbol) {
+    const uint32_t bits = lengths[symbol], code = next.code[bits]++;
+    order_[next.before[bits]++] = static_cast<uint8_t>(symbol);
+    if (bits > kFastBits) continue;
     const uint32_t begin = code << (kFastBits - bits);
     const uint32_t count = 1u << (kFastBits - bits);
-    std::fill_n(fast_.begin() + begin, count, Entry{symbol, static_cast<uint8_t>(bits)});
-  });
+    std::fill_n(fast_.begin() + begin, count,
+                Entry{static_cast<uint8_t>(symbol), static_cast<uint8_t>(bits)});
+  }
 }
 
 bool HuffmanDecoder::decode(std::span<const std::byte> bytes, std::span<uint8_t> symbols) const {

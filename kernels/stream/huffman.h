@@ -12,10 +12,9 @@
 #include <span>
 #include <vector>
 
-namespace thinkv::kernels {
+#include "kernels/stream/huffman_rule.h"
 
-inline constexpr uint32_t kSymbolCount = 256;
-inline constexpr uint32_t kCodeBitsMax = 15;
+namespace thinkv::kernels {
 
 using CodeLengths = std::array<uint8_t, kSymbolCount>;
 using SymbolCounts = std::array<uint64_t, kSymbolCount>;
