@@ -6,13 +6,19 @@
 //   root page   [ DeviceSequence | lane_page ids (u32) ... ]
 //     lane_page[l / lanes_per_page]    -> pages of DeviceLane, lane l = layer * kv_heads + kv head
 //     segment_page[s / segments_per_page] -> pages of policy::Segment, oldest first, last one open
-//     work_page                        -> Demotion list of the step in progress
+//     work_page                        -> Demotion list of the step in progress; while a prompt
+//                                         is coded, counts of codes
 //     class_directory                  -> ids of pages of token classes, a byte a position
 //   DeviceLane.table[i / descriptors]  -> table pages: DeviceDescriptor [descriptors], then, where
 //                                         the policy keeps them, fp16 scores (TBE) or fp32 sums
 //                                         (rank rules) [descriptors][64]
 //   DeviceDescriptor.page              -> K/V page (page_format.h)
 //   DeviceLane.buffer_page             -> two 16-bit K/V pages of 8 slots: the newest tokens
+//   DeviceLane.stream_page             -> DeviceStream, where the policy has entropy-coded streams
+//     DeviceStream.block_page[b / stream_blocks_per_page] -> pages of StreamBlock, by position
+//     DeviceStream.list_page[i / stream_ids_per_page]     -> pages of ids of the K/V pages that
+//                                         hold the stream's bytes, in their order
+//     DeviceStream.codes                 codebooks of a layer, in the lane of its first kv head
 //
 // An address is pool.base + extent * extent_bytes + index * page_bytes (sequence.h). A page id is
 // checked against the window before it is followed (LeaseFault::kBadMetadata): another process of
@@ -26,6 +32,7 @@
 #include "kernels/policy/rank_select.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/policy/segments.h"
+#include "kernels/stream/block_rule.h"
 #include "thinkv/internal/page_format.h"
 #include "thinkv/internal/policy_params.h"
 
@@ -69,15 +76,34 @@ struct DeviceLane {
   uint8_t mask;             // kFirstFit: the mask that was chosen
   uint8_t channels_chosen;  // 0 or 1: `channels` holds what keys in think pages keep
   uint32_t mask_tokens;     // kFirstFit: tokens outside the mask's classes that stay
-  uint32_t reserved0;
-  uint32_t channels[8];  // bits [head_dim], never changed
-  float head_signal;     // of the prompt's queries or keys: truncated entropy; NaN: none
+  uint32_t stream_page;     // PageId::kNoneRaw: the policy has no streams
+  uint32_t channels[8];     // bits [head_dim], never changed
+  float head_signal;        // of the prompt's queries or keys: truncated entropy; NaN: none
   uint32_t reserved1[3];
   uint32_t table[kTablePagesMax];
 };
 static_assert(sizeof(DeviceLane) == 28 + 40 + 64 + 12 + 32 + 16 + 4 * kTablePagesMax);
 static_assert(sizeof(DeviceLane) % 16 == 0);
 static_assert(offsetof(DeviceLane, buffer_score) % 4 == 0, "scores are read and written in pairs");
+
+inline constexpr uint32_t kStreamBlockPagesMax = 128;
+inline constexpr uint32_t kStreamListPagesMax = 256;
+
+// The entropy-coded part of a lane, as StreamLane of the host, and the codebooks of its layer.
+struct DeviceStream {
+  uint32_t blocks;
+  uint32_t pages;         // ids in the list: kNoneRaw where no block is left in a page
+  uint32_t end_unit;      // the next block begins here
+  uint32_t end_position;  // all tokens before it are in blocks, or gone with one
+  uint32_t block_pages;   // ids in use of `block_page`
+  uint32_t list_pages;    // ids in use of `list_page`
+  uint32_t reserved0[2];
+  uint8_t codes[2][kernels::kSymbolCount];  // code lengths of keys and values; 0: not made yet
+  uint32_t block_page[kStreamBlockPagesMax];
+  uint32_t list_page[kStreamListPagesMax];
+};
+static_assert(sizeof(DeviceStream) == 32 + 512 + 4 * (kStreamBlockPagesMax + kStreamListPagesMax));
+static_assert(sizeof(DeviceStream) <= page_bytes(64));
 
 // One step down of a segment, or of two that were merged, for every lane.
 struct Demotion {
@@ -195,6 +221,32 @@ enum RankStep : uint32_t {
   return page_bytes(head_dim) /
          (static_cast<uint32_t>(sizeof(DeviceDescriptor)) + kSlotsPerPageMax * score_bytes);
 }
+[[nodiscard]] constexpr uint32_t stream_blocks_per_page(uint32_t head_dim) {
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(kernels::StreamBlock));
+}
+[[nodiscard]] constexpr uint32_t stream_ids_per_page(uint32_t head_dim) {
+  return page_bytes(head_dim) / static_cast<uint32_t>(sizeof(uint32_t));
+}
+// Tokens in blocks that a lane can ever have had: ids of blocks and of pages are enough for raw
+// ones.
+[[nodiscard]] constexpr uint32_t stream_tokens_max(uint32_t head_dim) {
+  return kStreamBlockPagesMax * stream_blocks_per_page(head_dim) * kernels::kBlockTokens;
+}
+// Tokens of a prompt that can be coded: codes of a layer are counted in 32 bits.
+[[nodiscard]] constexpr uint64_t coded_prompt_max(uint32_t kv_heads, uint32_t head_dim) {
+  const uint64_t counted = 0xFFFF'FFFFu / (uint64_t{kv_heads} * head_dim);
+  const uint64_t held = stream_tokens_max(head_dim);
+  return counted < held ? counted : held;
+}
+[[nodiscard]] constexpr bool stream_pages_suffice(uint32_t head_dim) {
+  const uint64_t raw = uint64_t{stream_tokens_max(head_dim)} / kernels::kBlockTokens *
+                       kernels::raw_block_bytes(head_dim);
+  return raw <=
+         uint64_t{kStreamListPagesMax} * stream_ids_per_page(head_dim) * page_bytes(head_dim);
+}
+static_assert(stream_pages_suffice(64) && stream_pages_suffice(128) && stream_pages_suffice(256));
+static_assert(sizeof(uint32_t) * 2 * kernels::kSymbolCount <= page_bytes(64),
+              "a work page has room for the counts of a layer's codes");
 static_assert(lanes_per_page(64) == 4 && lanes_per_page(128) == 8 && lanes_per_page(256) == 16);
 static_assert(lane_pages_max(64) * lanes_per_page(64) >= 1400);
 

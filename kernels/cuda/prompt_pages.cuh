@@ -1,12 +1,13 @@
 // prompt_pages.cuh: where the tokens of a prompt lie in the pages of a lane, until its end.
 //
 // A prompt is written into empty lanes, so the page and slot of a token are known from its index.
-// Of a sparse layer of a policy with a tier the middle is left out, as if it were not there.
+// Of a sparse layer of a policy with a tier the middle is left out, as if it were not there;
+// of a policy with entropy the beginning, which is in streams.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/coded_lane.cuh"
 
 namespace thinkv::cuda {
 
@@ -20,8 +21,9 @@ struct PromptPages {
   uint32_t sink_pages;
   uint32_t pages;   // of a lane
   uint32_t tokens;  // in them
-  uint32_t gap_at;  // tokens from this one on are `gap` positions later: the rows in the tier
+  uint32_t gap_at;  // tokens from this one on are `gap` positions later
   uint32_t gap;
+  uint32_t coded;  // of the gap, tokens in streams, which stay live
 
   [[nodiscard]] __device__ __forceinline__ uint32_t position(uint32_t token) const {
     return token < gap_at ? token : token + gap;
@@ -52,6 +54,10 @@ __device__ __forceinline__ PromptPages split_prompt(const BatchView& view,
   if (tier && !dense) {
     split.gap_at = p.tier.kept_first(all);
     split.gap = p.tier.tier_tokens(all);
+  }
+  if (p.entropy.on()) {
+    split.gap_at = 0;
+    split.gap = split.coded = min(policy::coded_tokens(p.entropy, all), all);
   }
   const uint32_t tokens = split.tokens = all - split.gap;
   split.sink_format = resolve_format(view, sink);

@@ -9,10 +9,12 @@
 // A step of a batch, in stream order:
 //   launch_begin                          positions, emission flags, the page lists of all layers
 //   for each layer: launch_append         rotate and store the token
+//                   launch_read_streams   where sequences have streams: decodes their blocks
 //                   launch_tier_fetch     (tier.h) where a sequence has a tier
 //                   launch_attend         (attention.h) over the layer's list
 //   launch_end                            full buffers are flushed; budget, labels, segments,
-//                                         survivors, slots and pages are freed; progress is told
+//                                         survivors; tokens go into streams; slots and pages are
+//                                         freed; progress is told
 //
 // Pages come from a Lease in device memory. The host fills it (launch_refill) before a step, by the
 // bound that step_pages() gives, so no kernel ever finds it empty; pages that lanes lose go into
@@ -114,13 +116,17 @@ struct BatchView {
   const WorkingPages* working = nullptr;
   const TierSequence* const* tiers = nullptr;  // [capacity], null where the sequence has no tier
   const TierMemory* tier_memory = nullptr;
+
+  // Where coded blocks of one layer are decoded to, page i for entry i of its list: 16-bit pages
+  // [pages_max]. Null: no sequence of the batch has streams, and no kernel looks for them.
+  unsigned char* stream_pages = nullptr;
 };
 
 // ---- sizes, for the host ----
 
 // Pages that a sequence holds before its first token, its root apart.
 [[nodiscard]] uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams& policy);
-// An upper bound of what launch_prefill of one layer takes.
+// An upper bound of what launch_prefill of one layer takes, launch_code_prompt before it included.
 [[nodiscard]] uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                                      uint32_t layer, uint32_t tokens);
 // A prompt, and of each layer how many of its newest queries were given; 0: none.
@@ -185,6 +191,11 @@ struct RankMemoryShape {
 [[nodiscard]] cudaError_t launch_prefill(const BatchView& view, uint32_t root, uint32_t layer,
                                          const void* k, const void* v, Element element,
                                          uint32_t tokens, cudaStream_t stream);
+// Before it, of a policy with entropy: codes what belongs into streams; prefill_pages() counts what
+// it takes too. Uses nothing of the view that belongs to a step.
+[[nodiscard]] cudaError_t launch_code_prompt(const BatchView& view, uint32_t root, uint32_t layer,
+                                             const void* k, const void* v, Element element,
+                                             uint32_t tokens, cudaStream_t stream);
 // The centres of the layer's lanes, where the policy centres keys; launch_prefill calls it.
 [[nodiscard]] cudaError_t launch_centre(const BatchView& view, uint32_t root, uint32_t layer,
                                         const void* k, Element element, uint32_t tokens,
@@ -209,7 +220,8 @@ struct RankMemoryShape {
                                          cudaStream_t stream);
 // Everything the sequence holds goes into the lease, its root too.
 [[nodiscard]] cudaError_t launch_close(const BatchView& view, uint32_t root, cudaStream_t stream);
-// positions: device-accessible, ascending. Newest 16 tokens are skipped by the caller.
+// positions: device-accessible, ascending. Newest 16 tokens are skipped by the caller. Of a
+// sequence with streams blocks go, and only those of which all 64 tokens are named.
 [[nodiscard]] cudaError_t launch_evict(const BatchView& view, uint32_t root,
                                        const uint32_t* positions, uint32_t count,
                                        cudaStream_t stream);
@@ -231,6 +243,9 @@ struct RankMemoryShape {
 // k, v: [capacity, kv_heads, head_dim]; rows without a sequence are not read.
 [[nodiscard]] cudaError_t launch_append(const BatchView& view, uint32_t layer, const void* k,
                                         const void* v, Element element, cudaStream_t stream);
+// Before launch_attend of a layer, where the view has stream_pages.
+[[nodiscard]] cudaError_t launch_read_streams(const BatchView& view, uint32_t layer,
+                                              cudaStream_t stream);
 // After launch_attend of a layer, where the engine reads its lse and a sequence has centred keys:
 // adds what their scores lack. q, lse: as launch_attend's.
 [[nodiscard]] cudaError_t launch_centred_lse(const BatchView& view, uint32_t layer, const void* q,

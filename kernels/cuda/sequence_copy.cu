@@ -5,7 +5,7 @@
 // launches: the pages that lead to the lanes, a block a lane, what two lanes share, and the magic
 // last, so that nothing follows a copy that is not whole.
 #include "kernels/cuda/class_table.cuh"
-#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/coded_lane.cuh"
 
 namespace thinkv::cuda {
 namespace {
@@ -48,6 +48,34 @@ __device__ void clone_classes(const BatchView& view, const DeviceSequence* sourc
     __syncthreads();  // the directory is whole
     const uint32_t made = clone_page(view, ids[i], id);
     if (threadIdx.x == 0) ids[i] = made;
+  }
+}
+
+// The stream of a lane whose DeviceStream still names the pages of the source's. Whole block.
+__device__ void copy_stream(const StreamView& from, const LaneView& lane, uint32_t* id) {
+  const BatchView& view = *lane.batch;
+  const uint32_t root = clone_page(view, from.lane.lane->stream_page, id);
+  if (threadIdx.x == 0) lane.lane->stream_page = root;
+  __syncthreads();
+  const StreamView to = stream_of(lane);
+  if (to.stream == nullptr) return;
+  const uint32_t block_pages = min(from.stream->block_pages, kStreamBlockPagesMax);
+  const uint32_t list_pages = min(from.stream->list_pages, kStreamListPagesMax);
+  for (uint32_t i = 0; i < block_pages; ++i) {
+    const uint32_t made = clone_page(view, from.stream->block_page[i], id);
+    if (threadIdx.x == 0) to.stream->block_page[i] = made;
+  }
+  for (uint32_t i = 0; i < list_pages; ++i) {
+    const uint32_t made = clone_page(view, from.stream->list_page[i], id);
+    if (threadIdx.x == 0) to.stream->list_page[i] = made;
+  }
+  __syncthreads();
+  for (uint32_t i = 0; i < from.stream->pages; ++i) {
+    const uint32_t* old = listed_page(from, i);
+    uint32_t* listed = listed_page(to, i);
+    if (old == nullptr || listed == nullptr || *old == PageId::kNoneRaw) continue;
+    const uint32_t made = clone_page(view, *old, id);
+    if (threadIdx.x == 0) *listed = made;
   }
 }
 
@@ -99,6 +127,8 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) lane.lane->buffer_page[i] = made;
   }
   __syncthreads();
+  const StreamView stream = stream_of(old_lane);
+  if (stream.stream != nullptr) copy_stream(stream, lane, &id);
   for (uint32_t i = 0; i < old_lane.lane->pages; ++i) {
     const DeviceDescriptor* old = descriptor_at(old_lane, i);
     DeviceDescriptor* d = descriptor_at(lane, i);

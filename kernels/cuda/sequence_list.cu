@@ -5,6 +5,7 @@
 // all the parallelism that there is. Three launches: a thread a lane finds and counts, a block a
 // layer adds up, a warp a lane lists.
 #include "kernels/cuda/centre.cuh"
+#include "kernels/cuda/coded_lane.cuh"
 #include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rank_step.cuh"
@@ -77,6 +78,17 @@ __device__ void begin_row(const BatchView& view, uint32_t row, uint32_t layer) {
   if (layer == 0) view.positions[row] = position;
 }
 
+// Entries of the list in which the lane's coded blocks are read.
+[[nodiscard]] __device__ __forceinline__ uint32_t stream_entries(const LaneView& lane) {
+  const StreamView s = stream_of(lane);
+  if (s.stream == nullptr || s.stream->blocks == 0) return 0;
+  if (lane.batch->stream_pages != nullptr) {
+    return s.stream->blocks * (kBlockTokens / kBufferPageSlots);
+  }
+  raise_fault(lane.batch->lease, kListFull);
+  return 0;
+}
+
 // Notes where the token of this step goes. Result: entries of the lane in the list once it is
 // there.
 __device__ uint32_t find_lane(const BatchView& view, const LaneView& lane, TokenSite& site) {
@@ -95,7 +107,7 @@ __device__ uint32_t find_lane(const BatchView& view, const LaneView& lane, Token
     site = {reinterpret_cast<uint64_t>(lane.lane),
             reinterpret_cast<uint64_t>(page) | sums | rotates | centred | count};
   }
-  return lane.lane->pages + buffer_pages(count + 1);
+  return stream_entries(lane) + lane.lane->pages + buffer_pages(count + 1);
 }
 
 // A thread a lane; the count goes where the scan puts the sum of those before it.
@@ -169,6 +181,7 @@ struct ListRun {
   PageView* pages;
   uint16_t** score_rows;
   uint32_t room;
+  uint64_t entry;  // the first, of the layer's list
 };
 
 __device__ __forceinline__ ListRun list_run(const BatchView& view, uint32_t layer, uint32_t row) {
@@ -176,7 +189,7 @@ __device__ __forceinline__ ListRun list_run(const BatchView& view, uint32_t laye
   const uint32_t* begin = view.lane_begin + uint64_t{layer} * (lanes + 1) + row;
   const uint32_t first = begin[0], end = begin[1];
   const uint64_t at = uint64_t{layer} * view.pages_max + first;
-  return {view.pages + at, view.score_rows + at, end > first ? end - first : 0};
+  return {view.pages + at, view.score_rows + at, end > first ? end - first : 0, first};
 }
 
 [[nodiscard]] __device__ __forceinline__ PageView nothing(const BatchView& view) {
@@ -328,6 +341,24 @@ __device__ __forceinline__ void list_buffer(const LaneView& lane, const ListRun&
   }
 }
 
+// The pages that the lane's coded blocks are decoded to. Result: the run behind them.
+[[nodiscard]] __device__ __forceinline__ ListRun list_stream(const LaneView& lane,
+                                                             const ListRun& run) {
+  const BatchView& view = *lane.batch;
+  const uint32_t count = min(stream_entries(lane), run.room);
+  const unsigned char* first = view.stream_pages + run.entry * page_bytes(view.geometry.head_dim);
+  for (uint32_t i = threadIdx.x % 32; i < count; i += 32) {
+    const unsigned char* page = first + uint64_t{i} * page_bytes(view.geometry.head_dim);
+    // A block of which the list has no room for all pages is not read.
+    const uint32_t whole = count - count % (kBlockTokens / kBufferPageSlots);
+    const uint64_t live = i < whole ? low_slots(kBufferPageSlots) : 0;
+    run.pages[i] = {live,
+                    reinterpret_cast<uint64_t>(page) | static_cast<uint64_t>(wide_format(view))};
+    run.score_rows[i] = nullptr;
+  }
+  return {run.pages + count, run.score_rows + count, run.room - count, run.entry + count};
+}
+
 __device__ __forceinline__ void list_nothing(const BatchView& view, const ListRun& run) {
   for (uint32_t i = threadIdx.x % 32; i < run.room; i += 32) {
     run.pages[i] = nothing(view);
@@ -343,10 +374,11 @@ __global__ void __launch_bounds__(kListWarps * 32)
   const uint32_t warp = blockIdx.x * kListWarps + threadIdx.x / 32;
   const uint32_t layer = warp / rows, row = warp % rows;
   if (layer >= view.geometry.layers) return;
-  const ListRun run = list_run(view, layer, row);
+  ListRun run = list_run(view, layer, row);
   if (run.room == 0) return;
   const LaneView lane = lane_of_root(view, view.roots[row / heads], layer * heads + row % heads);
   if (lane.lane == nullptr) return list_nothing(view, run);
+  if (view.stream_pages != nullptr) run = list_stream(lane, run);
   list_buffer(lane, run, lane.lane->buffer_count + 1, working_run(view, layer, row));
   list_table<kDim>(lane, run);
   if ((lane.sequence->rank_step & kRankClears) != 0 && lane.score_bytes == 4) clear_sums(lane);

@@ -1,4 +1,5 @@
 // sequence_open.cu: the pages that a sequence has before its first token.
+#include "kernels/cuda/coded_lane.cuh"
 #include "kernels/cuda/prompt_queries.h"
 #include "kernels/cuda/rank_step.cuh"
 
@@ -36,7 +37,8 @@ __device__ void write_header(const BatchView& view, const OpenParams& params,
   sequence->segments = 1;
   sequence->lane_pages = (g.lanes() + lanes_per_page(g.head_dim) - 1) / lanes_per_page(g.head_dim);
   sequence->data_pages = 2 * g.lanes();
-  sequence->metadata_pages = 3 + sequence->lane_pages + g.lanes();
+  const uint32_t of_a_lane = params.policy.entropy.on() ? 2 : 1;
+  sequence->metadata_pages = 3 + sequence->lane_pages + of_a_lane * g.lanes();
   auto* segment = segment_at(view, sequence, 0);
   if (segment == nullptr) return;
   *segment = {};
@@ -44,8 +46,21 @@ __device__ void write_header(const BatchView& view, const OpenParams& params,
   segment->label = static_cast<uint8_t>(Thought::kReasoning);
 }
 
+// An empty stream. Result: false where a page was missing.
+__device__ bool write_stream(const BatchView& view, DeviceLane* lane) {
+  lane->stream_page = take_page(view.lease);
+  auto* stream = lane->stream_page == PageId::kNoneRaw
+                     ? nullptr
+                     : reinterpret_cast<DeviceStream*>(page_at(view, lane->stream_page));
+  if (stream == nullptr) return false;
+  *stream = {};
+  for (uint32_t& page : stream->block_page) page = PageId::kNoneRaw;
+  for (uint32_t& page : stream->list_page) page = PageId::kNoneRaw;
+  return true;
+}
+
 // Result: false where a page was missing.
-__device__ bool write_lane(const BatchView& view, DeviceLane* lane) {
+__device__ bool write_lane(const BatchView& view, DeviceLane* lane, bool streams) {
   *lane = {};
   for (uint32_t& page : lane->table) page = PageId::kNoneRaw;
   lane->mask = policy::kMaskFull;
@@ -54,6 +69,8 @@ __device__ bool write_lane(const BatchView& view, DeviceLane* lane) {
   lane->buffer_page[1] = take_page(view.lease);
   lane->table[0] = take_page(view.lease);
   lane->table_pages = 1;
+  lane->stream_page = PageId::kNoneRaw;
+  if (streams && !write_stream(view, lane)) return false;
   return lane->buffer_page[0] != PageId::kNoneRaw && lane->buffer_page[1] != PageId::kNoneRaw &&
          lane->table[0] != PageId::kNoneRaw;
 }
@@ -82,7 +99,8 @@ __global__ void open_kernel(const __grid_constant__ BatchView view,
       sequence->segment_page[0] != PageId::kNoneRaw && sequence->work_page != PageId::kNoneRaw;
   for (uint32_t i = threadIdx.x; i < view.geometry.lanes(); i += blockDim.x) {
     auto* lanes = reinterpret_cast<DeviceLane*>(page_at(view, ids[i / per_page]));
-    good = lanes != nullptr && write_lane(view, lanes + i % per_page) && good;
+    const bool streams = params.policy.entropy.on();
+    good = lanes != nullptr && write_lane(view, lanes + i % per_page, streams) && good;
   }
   const bool failed = __syncthreads_or(good ? 0 : 1) != 0;
   if (threadIdx.x != 0 || failed) return;

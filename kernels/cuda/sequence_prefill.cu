@@ -4,10 +4,10 @@
 // sink format, all others pages of the prompt's format, in order. A first kernel takes the pages
 // and writes their descriptors, a second one encodes: a block a page, in shared memory, so that a
 // page is written once and whole. Of a sparse layer of a policy with a tier the prompt's middle is
-// left out, as if it were not there; tier_put.cu writes it.
+// left out, as if it were not there; tier_put.cu writes it. With entropy the oldest tokens are in
+// streams already (launch_code_prompt).
 #include "kernels/cuda/centre.cuh"
 #include "kernels/cuda/codec.cuh"
-#include "kernels/cuda/lane.cuh"
 #include "kernels/cuda/prompt_pages.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -75,8 +75,12 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
   const LaneView lane = lane_view(view, sequence, index);
   if (lane.lane == nullptr) return;
   const PromptPages split = split_prompt(view, sequence, params.layer, params.tokens);
-  if (blockIdx.x == 0 && threadIdx.x == 0 && split.gap != 0) sequence->tier_tokens = split.gap;
-  const bool empty = lane.lane->live == 0 && lane.lane->pages == 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && split.gap > split.coded) {
+    sequence->tier_tokens = split.gap;
+  }
+  const StreamView stream = stream_of(lane);
+  const uint32_t coded = stream.stream == nullptr ? 0 : stream.stream->end_position;
+  const bool empty = lane.lane->live == 0 && lane.lane->pages == 0 && coded == split.coded;
   bool good = empty && split.pages > 0;
   __syncthreads();  // all threads have seen the lane as it was
   if (threadIdx.x == 0) good = good && grow_tables(lane, split.pages);
@@ -95,8 +99,8 @@ __global__ void pages_kernel(const __grid_constant__ BatchView view,
   header.free_slots[static_cast<uint32_t>(split.other_format)] +=
       (split.pages - split.sink_pages) * split.other_slots - others;
   header.pages = split.pages;
-  header.live = split.tokens;
-  header.live_prompt = split.tokens;
+  header.live = split.tokens + split.coded;
+  header.live_prompt = split.tokens + split.coded;
   atomicAdd(&sequence->data_pages, split.pages);
 }
 

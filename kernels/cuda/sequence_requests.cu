@@ -1,7 +1,7 @@
 // sequence_requests.cu: what is asked of one sequence between steps: evict by position, keep
 // the newest, recode a range, close.
 #include "kernels/cuda/class_table.cuh"
-#include "kernels/cuda/lane.cuh"
+#include "kernels/cuda/coded_lane.cuh"
 #include "kernels/cuda/lane_write.cuh"
 #include "kernels/cuda/recode.cuh"
 
@@ -80,10 +80,45 @@ __device__ __forceinline__ void evict_from_lane(const LaneView& lane, uint32_t f
   if (threadIdx.x % 32 == 0) add_64(&lane.sequence->counters.evicted_slots, evicted);
 }
 
+// Whole blocks: those of which all 64 tokens are named. One thread.
+__device__ void evict_blocks(const StreamView& s, const uint32_t* positions, uint32_t count) {
+  DeviceStream& d = *s.stream;
+  const uint32_t prompt = s.lane.sequence->prompt_tokens, before = d.blocks;
+  uint32_t kept = 0, of_prompt = 0;
+  for (uint32_t i = 0; i < before; ++i) {
+    const StreamBlock* block = block_at(s, i);
+    StreamBlock* to = block_at(s, kept);
+    if (block == nullptr || to == nullptr) return;
+    const uint32_t first = block->first_position;
+    bool named = true;
+    for (uint32_t t = 0; named && t < kBlockTokens; ++t) {
+      named = is_listed(positions, count, first + t);
+    }
+    if (!named) {
+      *to = *block;
+      ++kept;
+    } else if (first < prompt) {
+      of_prompt += min(prompt - first, kBlockTokens);
+    }
+  }
+  if (kept == before) return;
+  d.blocks = kept;
+  const uint32_t evicted = (before - kept) * kBlockTokens;
+  s.lane.lane->live -= evicted;
+  s.lane.lane->live_prompt -= of_prompt;
+  add_64(&s.lane.sequence->counters.evicted_slots, evicted);
+  free_unused_pages(s);
+}
+
 __global__ void evict_kernel(const __grid_constant__ BatchView view, uint32_t root,
                              const uint32_t* positions, uint32_t count) {
   const LaneView lane = lane_of_warp(view, sequence_at(view, root));
   if (lane.lane == nullptr) return;
+  if (lane.lane->stream_page != PageId::kNoneRaw) {
+    const StreamView s = stream_of(lane);
+    if (s.stream != nullptr && threadIdx.x % 32 == 0) evict_blocks(s, positions, count);
+    return;
+  }
   evict_from_lane(lane, positions[0], positions[count - 1],
                   [&](uint32_t position) { return is_listed(positions, count, position); });
 }
@@ -156,6 +191,26 @@ __device__ __forceinline__ void give_if_good(const BatchView& view, uint32_t raw
   if (page_at(view, raw) != nullptr) give_page(view.lease, raw);
 }
 
+// Whole warp.
+__device__ void close_stream(const StreamView& s) {
+  if (s.stream == nullptr) return;
+  const BatchView& view = *s.lane.batch;
+  const uint32_t thread = threadIdx.x % 32;
+  for (uint32_t i = thread; i < s.stream->pages; i += 32) {
+    const uint32_t* id = listed_page(s, i);
+    if (id != nullptr && *id != PageId::kNoneRaw) give_if_good(view, *id);
+  }
+  __syncwarp();
+  for (uint32_t i = thread; i < s.stream->block_pages; i += 32) {
+    give_if_good(view, s.stream->block_page[i]);
+  }
+  for (uint32_t i = thread; i < s.stream->list_pages; i += 32) {
+    give_if_good(view, s.stream->list_page[i]);
+  }
+  __syncwarp();
+  if (thread == 0) give_if_good(view, s.lane.lane->stream_page);
+}
+
 __global__ void close_lanes_kernel(const __grid_constant__ BatchView view, uint32_t root) {
   const LaneView lane = lane_of_warp(view, sequence_at(view, root));
   if (lane.lane == nullptr) return;
@@ -168,6 +223,7 @@ __global__ void close_lanes_kernel(const __grid_constant__ BatchView view, uint3
     give_if_good(view, lane.lane->table[i]);
   }
   if (thread < 2) give_if_good(view, lane.lane->buffer_page[thread]);
+  close_stream(stream_of(lane));
 }
 
 // One block, after the lanes: what led to them, and the root itself.

@@ -6,6 +6,8 @@
 #include "kernels/cuda/rank_sizes.h"
 #include "kernels/cuda/refresh.h"
 #include "kernels/cuda/sequence.h"
+#include "kernels/policy/coded_tokens.h"
+#include "thinkv/internal/limits.h"
 #include "thinkv/internal/policy_check.h"
 
 namespace thinkv::cuda {
@@ -69,10 +71,32 @@ uint32_t more_tables(const ModelGeometry& geometry, const PolicyParams& policy,
 
 }  // namespace
 
-uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams&) {
+namespace {
+
+// Pages that a stream can grow by where it gets `blocks` blocks, whatever they hold.
+uint32_t stream_pages(uint32_t head_dim, uint64_t blocks) {
+  const uint32_t data =
+      divide_up(blocks * kernels::raw_block_bytes(head_dim), page_bytes(head_dim)) + 1;
+  return data + divide_up(blocks, stream_blocks_per_page(head_dim)) +
+         divide_up(data, stream_ids_per_page(head_dim));
+}
+
+// Blocks that a step adds to the stream of a lane.
+uint32_t step_blocks(const PolicyParams& policy, uint64_t tokens) {
+  if (!policy.entropy.on() || tokens > limits::kTokensMax) return 0;
+  const auto before = static_cast<uint32_t>(tokens);
+  return (policy::coded_tokens(policy.entropy, before + 1) -
+          policy::coded_tokens(policy.entropy, before)) /
+         kernels::kBlockTokens;
+}
+
+}  // namespace
+
+uint32_t open_pages(const ModelGeometry& geometry, const PolicyParams& policy) {
   const uint32_t segment_and_work = 2;
+  const uint32_t of_a_lane = kPagesOfALane + (policy.entropy.on() ? 1 : 0);
   return divide_up(geometry.lanes(), lanes_per_page(geometry.head_dim)) + segment_and_work +
-         kPagesOfALane * geometry.lanes();
+         of_a_lane * geometry.lanes();
 }
 
 uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t layer,
@@ -83,12 +107,16 @@ uint32_t prefill_pages(const ModelGeometry& geometry, const PolicyParams& policy
   } else if (policy.tier.on()) {
     tokens -= policy.tier.tier_tokens(tokens);
   }
+  const uint32_t coded =
+      policy.entropy.on() ? std::min(policy::coded_tokens(policy.entropy, tokens), tokens) : 0;
   const bool one_format = policy.tier.on();
   const uint32_t sinks = one_format ? 0 : sinks_among(geometry, policy, other, 0, tokens);
   const uint32_t pages =
-      pages_for(geometry, policy.sink_format, sinks, other, uint64_t{tokens} - sinks);
+      pages_for(geometry, policy.sink_format, sinks, other, uint64_t{tokens} - coded - sinks);
   const uint32_t tables = std::max(divide_up(pages, per_table(geometry, policy)), 1u);
-  return geometry.kv_heads * (pages + tables - 1);
+  const uint32_t streamed =
+      coded == 0 ? 0 : stream_pages(geometry.head_dim, coded / kernels::kBlockTokens);
+  return geometry.kv_heads * (pages + tables - 1 + streamed);
 }
 
 uint32_t prefill_end_pages(const ModelGeometry& geometry, const PolicyParams& policy,
@@ -139,13 +167,15 @@ uint32_t step_pages(const ModelGeometry& geometry, const PolicyParams& policy,
                          .budget = sequence.budget,
                          .settled_from = sequence.settled_from});
   }
-  if (pages == 0) return 0;
+  const uint32_t blocks = step_blocks(policy, uint64_t{sequence.prompt} + generated);
+  const uint32_t streamed = blocks == 0 ? 0 : stream_pages(geometry.head_dim, blocks);
+  if (pages + streamed == 0) return 0;
   const bool closing = (uint64_t{generated} + 1) % policy.segment_tokens == 0;
   // Every lane has a table page from the start, and no flush fills more than one.
   const bool table_may_grow = uint64_t{held} + pages > per_table(geometry, policy);
   const uint32_t tables =
       pages > flushed ? more_tables(geometry, policy, held, pages) : (table_may_grow ? 1 : 0);
-  return geometry.lanes() * (pages + tables) + (closing ? 1 : 0);
+  return geometry.lanes() * (pages + tables + streamed) + (closing ? 1 : 0);
 }
 
 uint32_t recode_pages(const ModelGeometry& geometry, const PolicyParams& policy,
@@ -264,10 +294,6 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
         return make_error(kUnsupported, "budget.rule: split takes at most 64 kv heads on a GPU");
       }
     }
-  }
-  if (policy.entropy.on()) {
-    return make_error(kUnsupported,
-                      "the policy has entropy, which runs on the host backend only so far");
   }
   for (uint32_t i = 0; i < policy.label_layer_count; ++i) {
     if (policy.label_layers[i] >= geometry.layers) {

@@ -59,6 +59,7 @@ cudaError_t launch_end(const BatchView& view, cudaStream_t stream) {
   cudaError_t error = launch_flush(view, FlushWhen::kFirst, stream);
   if (error == cudaSuccess) error = launch_refresh(view, stream);
   if (error == cudaSuccess) error = launch_rank(view, stream);
+  if (error == cudaSuccess && view.stream_pages != nullptr) error = launch_code_step(view, stream);
   if (error == cudaSuccess) error = launch_flush(view, FlushWhen::kFull, stream);
   if (error != cudaSuccess) return error;
   const uint64_t lanes = uint64_t{view.capacity} * view.geometry.lanes();

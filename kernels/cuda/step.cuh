@@ -32,4 +32,7 @@ enum class FlushWhen : uint32_t {
 };
 [[nodiscard]] cudaError_t launch_flush(const BatchView& view, FlushWhen when, cudaStream_t stream);
 
+// Blocks of tokens that leave the pages of their lanes for streams, between the two flushes.
+[[nodiscard]] cudaError_t launch_code_step(const BatchView& view, cudaStream_t stream);
+
 }  // namespace thinkv::cuda

@@ -13,6 +13,7 @@
 #include "tests/support/device_pool.h"
 #include "tests/support/rank_twin.h"
 #include "tests/support/shapes.h"
+#include "thinkv/internal/small_float.h"
 
 namespace thinkv::gputest {
 
@@ -83,9 +84,10 @@ inline void make_rank_memory(Bench& b, uint64_t tokens) {
   b.view.rank_memory = on_device;
 }
 
-// more_pages: of a sequence, beside its prompt's.
+// more_pages: of a sequence, beside its prompt's. page_tokens: at most, of a page in the lists.
 inline Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t tokens,
-                        const PolicyParams& policy, uint64_t more_pages) {
+                        const PolicyParams& policy, uint64_t more_pages,
+                        uint32_t page_tokens = 16) {
   Bench b;
   b.policy = policy;
   const uint64_t rows = uint64_t{capacity} * g.kv_heads;
@@ -100,7 +102,7 @@ inline Bench make_bench(const ModelGeometry& g, uint32_t capacity, uint32_t toke
       extent_pages * page_bytes(g.head_dim), extents};
   b.view.geometry = g;
   b.view.capacity = capacity;
-  b.view.pages_max = static_cast<uint32_t>(rows * (tokens / 16 + 16));
+  b.view.pages_max = static_cast<uint32_t>(rows * (tokens / page_tokens + 16));
   cuda::Lease lease{.capacity = static_cast<uint32_t>(pages),
                     .pages = device_array<uint32_t>(pages)};
   b.view.lease = device_array<cuda::Lease>(1);
@@ -229,6 +231,78 @@ inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
       static_cast<unsigned long long>(lease.used_total),
       static_cast<unsigned long long>(b.view.progress->live_slots), lease.faults);
   std::fflush(stdout);
+  must(cudaFree(reinterpret_cast<void*>(b.view.pool.base)));
+}
+
+// Normal values as bf16, in device memory.
+inline void fill_normal(void* values, uint64_t count) {
+  std::mt19937_64 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> host(count);
+  for (uint16_t& value : host) value = bf16_from_float(normal(random));
+  THINKV_CHECK(cudaMemcpy(values, host.data(), 2 * count, cudaMemcpyDefault) == cudaSuccess);
+}
+
+// Opens the sequences and gives them their prompts. Result: microseconds of coding one layer.
+inline double give_coded_prompts(const Bench& b, uint32_t tokens) {
+  const auto must = [](cudaError_t error) { THINKV_CHECK(error == cudaSuccess); };
+  double code_us = 0;
+  for (const uint32_t root : b.roots) {
+    must(cuda::launch_open(b.view, root, b.policy, 0, false, b.stream));
+    for (uint32_t layer = 0; layer < b.view.geometry.layers; ++layer) {
+      code_us = microseconds(b.stream, [&] {
+        return cuda::launch_code_prompt(b.view, root, layer, b.k, b.k, Element::kBf16, tokens,
+                                        b.stream);
+      });
+      must(cuda::launch_prefill(b.view, root, layer, b.k, b.k, Element::kBf16, tokens, b.stream));
+    }
+    must(cuda::launch_prefill_end(b.view, root, tokens, b.stream));
+  }
+  return code_us;
+}
+
+inline cuda::Lease lease_of(const Bench& b) {
+  cuda::Lease lease;
+  THINKV_CHECK(cudaMemcpy(&lease, b.view.lease, sizeof lease, cudaMemcpyDefault) == cudaSuccess);
+  return lease;
+}
+
+// kvcomp on prompts of `tokens` tokens of normal values.
+inline void bench_coded(uint32_t capacity, uint32_t layers, uint32_t tokens) {
+  constexpr uint32_t kSteps = 130;
+  const ModelGeometry g = geometry_of(layers, 8, 128, ValueType::kBf16);
+  const std::optional<PolicyParams> policy = testing::shipped_params("kvcomp", 0);
+  THINKV_CHECK(policy.has_value() && policy->entropy.on());
+  Bench b = make_bench(g, capacity, tokens, *policy, 64 * g.lanes(), 4);
+  b.view.stream_pages =
+      device_array<unsigned char>(uint64_t{b.view.pages_max} * page_bytes(g.head_dim));
+  fill_normal(b.k, uint64_t{tokens} * g.kv_heads * g.head_dim);
+  const auto must = [](cudaError_t error) { THINKV_CHECK(error == cudaSuccess); };
+  const double code_us = give_coded_prompts(b, tokens);
+  const double bytes = static_cast<double>(lease_of(b).used_total) * page_bytes(g.head_dim);
+  const double bytes_16 = static_cast<double>(g.token_bytes_f16()) * tokens * capacity;
+  std::printf(
+      "kvcomp, %u x %u layers x 8 heads, %u tokens: coding %.0f us a layer, %.3f of the "
+      "16-bit bytes\n",
+      capacity, layers, tokens, code_us, bytes / bytes_16);
+  std::vector<double> due, idle, read;
+  for (uint32_t step = 1; step <= kSteps; ++step) {
+    must(cuda::launch_begin(b.view, b.stream));
+    for (uint32_t layer = 0; layer < layers; ++layer) {
+      must(cuda::launch_append(b.view, layer, b.k, b.k, Element::kBf16, b.stream));
+    }
+    read.push_back(
+        microseconds(b.stream, [&] { return cuda::launch_read_streams(b.view, 0, b.stream); }));
+    const double us = microseconds(b.stream, [&] { return cuda::launch_end(b.view, b.stream); });
+    ((tokens + step) % 64 == 0 ? due : idle).push_back(us);
+  }
+  for (std::vector<double>* times : {&due, &idle, &read}) std::sort(times->begin(), times->end());
+  std::printf(
+      "  a step's end where blocks are due %.0f us, else %.1f us; reading the blocks of a "
+      "layer %.1f us; faults %u\n",
+      due[due.size() / 2], idle[idle.size() / 2], read[read.size() / 2], lease_of(b).faults);
+  std::fflush(stdout);
+  must(cudaFree(b.view.stream_pages));
   must(cudaFree(reinterpret_cast<void*>(b.view.pool.base)));
 }
 

@@ -5,8 +5,11 @@
 //   rank    the shipped rank policies and 100 rules drawn by chance (THINKV_SEED)
 //   blocks  the same of policies that recode to blocks of tokens
 //   prompt  policies that are told the prompt's queries and token classes; each line as it is done
+//   coded   policies with entropy-coded streams, kvcomp as shipped and 40 drawn by chance
 //   tier    tailorkv and policies with a host tier drawn by chance: choice, copy and attention
 //   bench   microseconds of begin, append, flush and prefill; one line each
+//   bench-coded  microseconds of kvcomp: coding a layer's prompt, a step's end where blocks are due
+//               and where none is, reading a layer's blocks
 //   bench-rank  microseconds of the end of a step with thinkv: where its rules fire, where
 //               not, and where they fire first, for the whole prompt
 //   bench-tier  microseconds of a layer's choice and copy from a host tier
@@ -17,6 +20,7 @@
 
 #include "tests/gpu/sequence_bench.cuh"
 #include "tests/gpu/tier_bench.cuh"
+#include "tests/support/coded_twin.h"
 #include "tests/support/device_twin.h"
 #include "tests/support/rank_twin.h"
 #include "tests/support/seed.h"
@@ -215,6 +219,30 @@ int check_blocks() {
   return judge.exit_code();
 }
 
+int check_coded() {
+  Judge judge;
+  testing::CodedTally tally;
+  judge.widths("kvcomp", 0, [&](const PolicyParams& policy, uint32_t dim) {
+    ModelGeometry geometry = geometry_of(2, 2, dim);
+    if (dim == 128) geometry.value_type = ValueType::kBf16;
+    const std::string wrong = testing::run_coded_policy(policy, geometry, tally, Element::kBf16);
+    tally.print("kvcomp");
+    return wrong.empty() ? testing::run_coded_policy(policy, geometry, tally, Element::kF32, true)
+                         : wrong;
+  });
+  if (const auto policy = testing::shipped_params("kvcomp", 0)) {
+    judge("kvcomp, a long prompt",
+          testing::run_coded_prompt(*policy, geometry_of(1, 2, 128), 20'000, tally));
+    tally.print("and a long prompt");
+  }
+  const uint64_t seed = testing::seed_from_environment(20261129);
+  for (uint64_t i = 0; i < 40; ++i) {
+    judge("seed " + std::to_string(seed + i), testing::run_drawn_streams(seed + i, tally));
+    if (i % 20 == 19) tally.print("and by chance");
+  }
+  return judge.exit_code();
+}
+
 int check_tier() {
   Judge judge;
   testing::TierTally tally;
@@ -259,6 +287,12 @@ int run(int argc, char** argv) {
   if (std::strcmp(mode, "rank") == 0) return check_rank();
   if (std::strcmp(mode, "blocks") == 0) return check_blocks();
   if (std::strcmp(mode, "prompt") == 0) return check_prompt();
+  if (std::strcmp(mode, "coded") == 0) return check_coded();
+  if (std::strcmp(mode, "bench-coded") == 0) {
+    bench_coded(1, 32, 32768);
+    bench_coded(32, 8, 4096);
+    return 0;
+  }
   if (std::strcmp(mode, "tier") == 0) return check_tier();
   if (std::strcmp(mode, "bench-tier") == 0) {
     bench_tier(1, 32'768);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/stream/block_rule.h"
 #include "tests/support/device_pool.h"
 
 namespace thinkv::testing {
@@ -61,6 +62,15 @@ inline uint32_t slot_position(const void* page, Format format, uint32_t dim, uin
   return position;
 }
 
+// A coded block, and its bytes.
+struct StoredBlock {
+  uint32_t unit;
+  uint32_t first_position;
+  uint32_t raw;
+  std::vector<unsigned char> bytes;
+  friend bool operator==(const StoredBlock&, const StoredBlock&) = default;
+};
+
 // The metadata of one sequence. Errors of structure are collected in `wrong`.
 class DeviceReader {
  public:
@@ -98,6 +108,38 @@ class DeviceReader {
   }
   [[nodiscard]] const unsigned char* buffer_page(const cuda::DeviceLane& lane, uint32_t i) const {
     return pool_->address(lane.buffer_page[i / cuda::kBufferPageSlots]);
+  }
+
+  // Null where the lane has none.
+  [[nodiscard]] cuda::DeviceStream* stream(uint32_t lane_index) const {
+    const uint32_t raw = lane(lane_index).stream_page;
+    if (raw == PageId::kNoneRaw) return nullptr;
+    return reinterpret_cast<cuda::DeviceStream*>(pool_->address(raw));
+  }
+  [[nodiscard]] kernels::StreamBlock& block(const cuda::DeviceStream& stream, uint32_t i) const {
+    const uint32_t each = cuda::stream_blocks_per_page(dim_);
+    return reinterpret_cast<kernels::StreamBlock*>(
+        pool_->address(stream.block_page[i / each]))[i % each];
+  }
+  [[nodiscard]] uint32_t& listed_page(const cuda::DeviceStream& stream, uint32_t i) const {
+    const uint32_t each = cuda::stream_ids_per_page(dim_);
+    return reinterpret_cast<uint32_t*>(pool_->address(stream.list_page[i / each]))[i % each];
+  }
+  [[nodiscard]] unsigned char& stream_byte(const cuda::DeviceStream& stream, uint64_t at) const {
+    const uint32_t page = page_bytes(dim_);
+    return pool_->address(listed_page(stream, static_cast<uint32_t>(at / page)))[at % page];
+  }
+  [[nodiscard]] std::vector<StoredBlock> blocks(uint32_t lane_index) const {
+    std::vector<StoredBlock> all;
+    const cuda::DeviceStream* s = stream(lane_index);
+    for (uint32_t i = 0; s != nullptr && i < s->blocks; ++i) {
+      const kernels::StreamBlock& b = block(*s, i);
+      StoredBlock stored{b.unit, b.first_position, b.raw, {}};
+      const uint64_t begin = uint64_t{b.unit} * kernels::kStreamUnitBytes;
+      for (uint32_t j = 0; j < b.bytes; ++j) stored.bytes.push_back(stream_byte(*s, begin + j));
+      all.push_back(std::move(stored));
+    }
+    return all;
   }
 
   [[nodiscard]] std::vector<PlacedPage> placement(uint32_t lane_index) const {
@@ -184,6 +226,7 @@ class DeviceReader {
         if (!is_block(format)) free_slots[d.format] += slots - in_page;
         live += in_page;
       }
+      live += own_stream(index, own, owned_pages, metadata_pages);
       expect(std::memcmp(free_slots, l.free_slots, sizeof free_slots) == 0, "free_slots");
       expect(l.live == live && l.live_prompt <= live, "live");
       expect(l.pending == 0, "a page was left aside");
@@ -196,6 +239,24 @@ class DeviceReader {
   }
 
  private:
+  // Calls own(page id) for all pages of a stream, where there is one, and counts them. Result: its
+  // tokens.
+  template <class Own>
+  uint32_t own_stream(uint32_t lane_index, Own own, uint32_t& data_pages,
+                      uint32_t& metadata_pages) const {
+    if (stream(lane_index) == nullptr) return 0;
+    const cuda::DeviceStream& s = *stream(lane_index);
+    own(lane(lane_index).stream_page);
+    metadata_pages += 1 + s.block_pages + s.list_pages;
+    for (uint32_t i = 0; i < s.block_pages; ++i) own(s.block_page[i]);
+    for (uint32_t i = 0; i < s.list_pages; ++i) own(s.list_page[i]);
+    for (uint32_t i = 0; i < s.pages; ++i) {
+      if (listed_page(s, i) == PageId::kNoneRaw) continue;
+      own(listed_page(s, i));
+      ++data_pages;
+    }
+    return s.blocks * kernels::kBlockTokens;
+  }
   // The next layer's lane of the same head has the page of a pair too, with the same tokens live.
   void check_pair(uint32_t index, const cuda::DeviceDescriptor& first, std::string& wrong) const {
     const uint32_t partner = index + pool_->options().geometry.kv_heads;

@@ -76,6 +76,7 @@ class DevicePool {
     uint32_t rank_tokens = 0;    // of the longest lane that rank rules see
     uint32_t tier_rows = 0;      // of a lane's tier; 0: no sequence has one
     uint32_t tier_fetch = 0;     // of them, that a step fetches
+    bool streams = false;        // BatchView::stream_pages is there
   };
 
   explicit DevicePool(const Options& o)
@@ -102,6 +103,7 @@ class DevicePool {
         working_(1),
         tier_memory_(1),
         tiers_(o.capacity),
+        stream_pages_(o.streams ? uint64_t{o.list_pages} * page_bytes_ : 1),
         transfer_(lease_pages_.size() + 1) {
     lease_[0] = {.count = 0,
                  .capacity = static_cast<uint32_t>(lease_pages_.size()),
@@ -143,7 +145,8 @@ class DevicePool {
             .sparsity = sparsity_.data(),
             .working = options_.tier_rows == 0 ? nullptr : working_.data(),
             .tiers = options_.tier_rows == 0 ? nullptr : tiers_.data(),
-            .tier_memory = options_.tier_rows == 0 ? nullptr : tier_memory_.data()};
+            .tier_memory = options_.tier_rows == 0 ? nullptr : tier_memory_.data(),
+            .stream_pages = options_.streams ? stream_pages_.data() : nullptr};
   }
   [[nodiscard]] const Options& options() const { return options_; }
   [[nodiscard]] uint32_t rows() const { return options_.capacity * options_.geometry.kv_heads; }
@@ -200,6 +203,10 @@ class DevicePool {
   [[nodiscard]] const DeviceVector<cuda::PageView>& list() const { return pages_; }
   [[nodiscard]] const DeviceVector<uint16_t*>& score_rows() const { return score_rows_; }
   [[nodiscard]] const DeviceVector<uint32_t>& positions() const { return positions_; }
+  // Page i of BatchView::stream_pages.
+  [[nodiscard]] const unsigned char* stream_page(uint64_t i) const {
+    return stream_pages_.data() + i * page_bytes_;
+  }
   [[nodiscard]] const DeviceVector<uint8_t>& emit() const { return emit_; }
 
  private:
@@ -226,6 +233,7 @@ class DevicePool {
   DeviceVector<cuda::WorkingPages> working_;
   DeviceVector<cuda::TierMemory> tier_memory_;
   DeviceVector<const cuda::TierSequence*> tiers_;
+  DeviceVector<unsigned char> stream_pages_;
   DeviceVector<uint32_t> transfer_;
   std::vector<uint32_t> free_;
 };

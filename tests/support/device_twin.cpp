@@ -215,11 +215,13 @@ void TwinBatch::check_list(uint32_t layer) {
     const DeviceReader reader(pool_, t->root);
     const cuda::DeviceLane& lane = reader.lane(layer * g.kv_heads + row % g.kv_heads);
     const uint32_t buffers = (lane.buffer_count + 7) / 8;
+    const uint32_t coded = stream_entries(reader, layer * g.kv_heads + row % g.kv_heads);
+    const uint64_t first = list + begin[row] + coded;
     const uint32_t working = (pool_.fetched(layer, row) + 7) / 8;
-    expect(begin[row + 1] - begin[row] == lane.pages + buffers + working,
+    expect(begin[row + 1] - begin[row] == coded + lane.pages + buffers + working,
            "pages of a lane in the list");
     for (uint32_t i = 0; i < working; ++i) {
-      const uint64_t at = list + begin[row] + lane.pages + buffers + i;
+      const uint64_t at = first + lane.pages + buffers + i;
       const auto page = reinterpret_cast<uint64_t>(pool_.working_page(row, i));
       const uint32_t left = pool_.fetched(layer, row) - 8 * i;
       const cuda::PageView& entry = pool_.list()[at];
@@ -239,12 +241,12 @@ void TwinBatch::check_list(uint32_t layer) {
       const uint64_t format = buffer ? static_cast<uint64_t>(reader.wide()) : d->format;
       const uint32_t left = lane.buffer_count - 8 * b;
       const uint64_t live = !buffer ? d->live : left >= 8 ? 0xFFu : (1u << left) - 1;
-      const cuda::PageView& entry = pool_.list()[list + begin[row] + i];
+      const cuda::PageView& entry = pool_.list()[first + i];
       expect(entry.tagged == (page | format) && entry.live == live, "an entry of the list");
       const uint32_t width = reader.header().score_bytes;
       const auto* in_buffer = reinterpret_cast<const unsigned char*>(lane.buffer_sum);
       const void* scores = buffer ? in_buffer + 8 * b * width : reader.scores(lane, order[i]);
-      const void* listed = pool_.score_rows()[list + begin[row] + i];
+      const void* listed = pool_.score_rows()[first + i];
       expect(listed == (width != 0 ? scores : nullptr), "a row of scores in the list");
     }
   }
@@ -282,6 +284,7 @@ void TwinBatch::compare_lane(const Twin& t, const DeviceReader& reader, uint32_t
     }
     expect(expected.size() == found.size(), where + "number of live tokens");
   }
+  compare_stream(t, reader, index, where);
   const kernels::Lane lane = t.state().lane(index);
   expect(lane.header().live_prompt == reader.lane(index).live_prompt, where + "live_prompt");
   compare_rank_lane(t, reader, index);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/policy/coded_tokens.h"
 #include "kernels/sequence/sequence.h"
 #include "kernels/sequence/sequence_state.h"
 #include "tests/support/device_lanes.h"
@@ -84,6 +85,8 @@ class TwinBatch {
     bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
     uint32_t tier_rows = 0;     // as DevicePool's; not 0: every step attends, and is compared
     uint32_t tier_fetch = 0;
+    bool streams = false;  // policies may have entropy
+    bool attends = false;  // every sixteenth step attends too
   };
   explicit TwinBatch(const Options& o)
       : options_(o),
@@ -95,7 +98,8 @@ class TwinBatch {
                .seed = o.seed,
                .rank_tokens = o.rank_tokens,
                .tier_rows = o.tier_rows,
-               .tier_fetch = o.tier_fetch}),
+               .tier_fetch = o.tier_fetch,
+               .streams = o.streams}),
         host_pool_({.head_dim = o.geometry.head_dim,
                     .capacity = 3 * o.extent_pages,
                     .shuffle_seed = o.seed | 1}),
@@ -133,6 +137,10 @@ class TwinBatch {
       fill(v, 0, v.host.size());
       THINKV_CHECK(t.host->prefill(layer, k.host.data(), v.host.data(), tokens).has_value());
       pool_.supply(cuda::prefill_pages(g, t.host->policy(), layer, tokens));
+      if (t.host->policy().entropy.on()) {
+        run(cuda::launch_code_prompt(pool_.view(), t.root, layer, k.device(), v.device(),
+                                     options_.element, tokens, nullptr));
+      }
       run(cuda::launch_prefill(pool_.view(), t.root, layer, k.device(), v.device(),
                                options_.element, tokens, nullptr));
       if (queries > 0) give_queries(t, layer, {.tokens = tokens, .queries = queries});
@@ -190,6 +198,11 @@ class TwinBatch {
                               nullptr));
       check_list(layer);
       if (options_.tier_rows != 0) attend_layer(layer);
+      if (options_.streams) {
+        run(cuda::launch_read_streams(pool_.view(), layer, nullptr));
+        check_streams(layer);
+      }
+      if (options_.attends && steps_ % 16 == 0) attend(layer);
     }
     if (options_.plant_scores) plant_scores();
     for (auto& twin : twins_) {
@@ -257,6 +270,9 @@ class TwinBatch {
 
   // Everything that both sides have, compared.
   void compare();
+  // Of streams, compared so far.
+  [[nodiscard]] uint64_t raw_blocks() const { return raw_blocks_; }
+  [[nodiscard]] uint64_t coded_blocks() const { return coded_blocks_; }
 
   // What the steps of sequences with a tier did, so that a test of nothing shows.
   [[nodiscard]] uint64_t fetched_rows() const { return fetched_rows_; }
@@ -306,6 +322,20 @@ class TwinBatch {
   void plant_scores();
   void plant_in_lane(const Twin& t, uint32_t lane, bool sums);
   void check_list(uint32_t layer);
+  [[nodiscard]] static uint32_t stream_entries(const DeviceReader& reader, uint32_t lane);
+  // Blocks in the list's pages, as the host decodes them.
+  void check_streams(uint32_t layer);
+  void compare_stream(const Twin& t, const DeviceReader& reader, uint32_t lane,
+                      const std::string& where);
+  // Attention over the layer, against the oracle on the pages that the list names.
+  void attend(uint32_t layer);
+  struct RowAnswer {
+    std::vector<float> out;
+    std::vector<float> lse;
+  };
+  [[nodiscard]] RowAnswer ask_oracle(uint32_t layer, uint32_t row, const float* q,
+                                     bool rotate) const;
+  void compare_answer(const RowAnswer& wanted, const float* out, const float* lse);
   void check_progress();
   void compare_lane(const Twin& t, const DeviceReader& reader, uint32_t lane);
   void compare_numbers(const Twin& t);
@@ -331,6 +361,7 @@ class TwinBatch {
   uint64_t steps_ = 0;
   uint64_t fetched_rows_ = 0;
   uint64_t hints_ = 0;
+  uint64_t raw_blocks_ = 0, coded_blocks_ = 0;  // compared so far
 };
 
 }  // namespace thinkv::testing

@@ -198,16 +198,6 @@ TEST(CudaSequenceSizes, RankRulesWithoutKernelsAreRefusedByName) {
   EXPECT_NE(std::string(rules.error().what).find("medoids"), std::string::npos);
 }
 
-TEST(CudaSequenceSizes, StreamsAreRefusedUntilTheyHaveKernels) {
-  PolicyParams streams = plain_policy(Format::kF16);
-  streams.entropy.key_step = streams.entropy.value_step = 0.1f;
-  ASSERT_TRUE(policy_params_valid(streams));
-  const Status refused = supported(geometry_of(32, 8, 128), streams);
-  ASSERT_FALSE(refused.has_value());
-  EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
-  EXPECT_NE(std::string(refused.error().what).find("entropy"), std::string::npos);
-}
-
 TEST(CudaSequenceSizes, ATierLeavesOfAPromptWhatStaysInPages) {
   PolicyParams tier = plain_policy(Format::kF16);
   tier.tier.host_bytes = 1;
