@@ -116,11 +116,23 @@ Status GpuBatch::make_lists() {
     THINKV_ASSIGN_OR_RETURN(emit_scratch_,
                             GpuMemory::make(gpu, Place::kDevice, bytes, "attention scores"));
   }
+  if (streams_) THINKV_TRY(make_stream_pages());
   pages_ = std::move(lists);
   score_rows_ = std::move(score_rows);
   view_.pages_max = list_pages_;
   view_.pages = pages_.as<cuda::PageView>();
   view_.score_rows = score_rows_.as<uint16_t*>();
+  return {};
+}
+
+// Working memory for the coded blocks of one layer at a time: a 16-bit page for each entry of its
+// list.
+Status GpuBatch::make_stream_pages() {
+  const uint64_t bytes = uint64_t{list_pages_} * page_bytes(engine_->geometry().head_dim);
+  THINKV_ASSIGN_OR_RETURN(stream_pages_,
+                          GpuMemory::make(engine_->gpu(), Place::kDevice, bytes,
+                                          "the pages that coded blocks are decoded to"));
+  view_.stream_pages = stream_pages_.as<unsigned char>();
   return {};
 }
 
@@ -171,6 +183,7 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
                       "sequence's policy has: open another batch for it");
   }
   THINKV_TRY(use_emission(sequence));
+  THINKV_TRY(use_streams(sequence));
   blocks_ = blocks_ || blocks;
   if (!rotate_) {
     const Format usual = sequence.policy().thought_format[0];
@@ -186,6 +199,18 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
                       "which this sequence's policy has: open another batch for it");
   }
   centred_ = centred_ || centred;
+  return {};
+}
+
+Status GpuBatch::use_streams(const GpuSequence& sequence) {
+  if (!sequence.policy().entropy.on() || streams_) return {};
+  if (launched_) {
+    return make_error(kInvalidArgument,
+                      "this batch's steps were launched without reading coded blocks, which this "
+                      "sequence's policy has: open another batch for it");
+  }
+  THINKV_TRY(make_stream_pages());
+  streams_ = true;
   return {};
 }
 
@@ -303,13 +328,18 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
       return describe(kUnsupported,
                       "a lane cannot hold more than %u pages: evict or use fewer bits", limit);
     }
+    const uint64_t tokens =
+        uint64_t{sequence->prompt_tokens()} + sequence->generated_tokens() + steps;
+    const uint64_t coded = sequence->coded_tokens(tokens);
+    if (coded > cuda::stream_tokens_max(engine_->geometry().head_dim)) {
+      return make_error(kUnsupported, "a lane cannot hold more coded blocks");
+    }
     const GpuTier* const tier = sequence->tier();
     const uint32_t working = tier == nullptr ? 0 : GpuTierMemory::working_pages(tier->fetched());
-    pages.listed += heads * (lane_pages + 2 + working);
-    pages.ranked = std::max(pages.ranked, engine_->kernels().rank_memory_tokens(
-                                              engine_->geometry(), sequence->policy(), lane_pages,
-                                              uint64_t{sequence->prompt_tokens()} +
-                                                  sequence->generated_tokens() + steps));
+    pages.listed += heads * (lane_pages + 2 + working + coded / cuda::kBufferPageSlots);
+    pages.ranked =
+        std::max(pages.ranked, engine_->kernels().rank_memory_tokens(
+                                   engine_->geometry(), sequence->policy(), lane_pages, tokens));
   }
   return pages;
 }
@@ -453,6 +483,10 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   }
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(fetch(layer, io));
+  if (streams_) {
+    THINKV_TRY(GpuEngine::launched(engine_->kernels().read_streams(view_, layer, engine_->stream()),
+                                   "read_streams"));
+  }
   THINKV_TRY(
       GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend"));
   if (io.lse == nullptr) return {};

@@ -75,6 +75,7 @@ class GpuBatch {
   GpuBatch(GpuEngine& engine, const Options& options) : engine_(&engine), options_(options) {}
   [[nodiscard]] Status make_memory();
   [[nodiscard]] Status make_lists();
+  [[nodiscard]] Status make_stream_pages();
   [[nodiscard]] Status grow(uint64_t pages);
   [[nodiscard]] Status clear_rows();
   // Reads what the GPU reported.
@@ -90,6 +91,7 @@ class GpuBatch {
   [[nodiscard]] Status use_emission(const GpuSequence& sequence);
   [[nodiscard]] Status use_tier(const GpuSequence& sequence);
   [[nodiscard]] Status fetch(uint32_t layer, const Attend& io);
+  [[nodiscard]] Status use_streams(const GpuSequence& sequence);
   [[nodiscard]] Status require_layer(uint32_t layer) const;
   [[nodiscard]] uint64_t row_count() const;
   void report_counters(uint32_t steps);
@@ -117,12 +119,13 @@ class GpuBatch {
   std::vector<uint8_t> label_layers_;
   std::optional<uint8_t> rotate_;
   bool blocks_ = false;   // some sequence may have had pages of block formats
+  bool streams_ = false;  // some sequence may have had coded blocks
   bool centred_ = false;  // some sequence had centred keys
   bool lse_read_ = false;
   float near_zero_ = 0.01f;
   uint8_t score_reduce_ = 0;
   GpuMemory roots_, positions_, emit_, lane_begin_, sites_, pages_, score_rows_, sparsity_, parts_,
-      emit_scratch_, progress_;
+      emit_scratch_, progress_, stream_pages_;
   GpuTierMemory tier_memory_;  // open where some sequence had a tier
 
   uint32_t list_pages_ = 0;  // of one layer's list

@@ -199,6 +199,14 @@ void GpuEngine::take_back(uint64_t pages) {
   used_at_ = std::min(used_at_, promised_);
 }
 
+Status GpuEngine::release(uint64_t pages) {
+  const std::lock_guard lock(mutex_);
+  THINKV_TRY(refuse_capture("pages cannot go back"));
+  THINKV_TRY(synchronise());
+  staged_ = 0;
+  return drain(std::min(pages, level()));
+}
+
 Status GpuEngine::refill(uint64_t pages) {
   if (pages > kStackPagesMax) {
     return describe(ErrorCode::kExhausted, "a step would need %llu pages at once",

@@ -54,6 +54,8 @@ class GpuEngine {
   [[nodiscard]] Status make_rank_memory(uint64_t tokens);
   // What was promised last is not needed: nothing of it was or will be enqueued.
   void take_back(uint64_t pages);
+  // Pages that were promised and taken back go to the daemon; waits for the stream.
+  [[nodiscard]] Status release(uint64_t pages);
   // What was promised since the start: remembered with a step, and given back with its report.
   [[nodiscard]] uint64_t promised() const { return promised_; }
   // A finished step used `used_total` pages in all, when `promised` had been promised.

@@ -21,6 +21,8 @@ constexpr KernelTable kTable = {
     .open = call<cuda::launch_open, View, U32, const PolicyParams&, U32, bool>,
     .prefill =
         call<cuda::launch_prefill, View, U32, U32, const void*, const void*, cuda::Element, U32>,
+    .code_prompt = call<cuda::launch_code_prompt, View, U32, U32, const void*, const void*,
+                        cuda::Element, U32>,
     .prefill_queries = call<cuda::launch_prefill_queries, View, U32, const PolicyParams&, U32,
                             const void*, cuda::Element, const cuda::Prompt&>,
     .prefill_end =
@@ -37,6 +39,7 @@ constexpr KernelTable kTable = {
     .begin = call<cuda::launch_begin, View>,
     .append = call<cuda::launch_append, View, U32, const void*, const void*, cuda::Element>,
     .end = call<cuda::launch_end, View>,
+    .read_streams = call<cuda::launch_read_streams, View, U32>,
     .attend = call<cuda::launch_attend, const cuda::AttendParams&, const cuda::AttendShape&>,
     .centred_lse = call<cuda::launch_centred_lse, View, U32, const void*, cuda::Element, float*>,
     .tier_put = call<cuda::launch_tier_put, const cuda::TierPut&>,

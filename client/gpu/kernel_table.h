@@ -22,6 +22,8 @@ struct KernelTable {
               bool trace_sparsity, StreamHandle);
   int (*prefill)(const cuda::BatchView&, uint32_t root, uint32_t layer, const void* k,
                  const void* v, cuda::Element, uint32_t tokens, StreamHandle);
+  int (*code_prompt)(const cuda::BatchView&, uint32_t root, uint32_t layer, const void* k,
+                     const void* v, cuda::Element, uint32_t tokens, StreamHandle);
   int (*prefill_queries)(const cuda::BatchView&, uint32_t root, const PolicyParams&, uint32_t layer,
                          const void* q, cuda::Element, const cuda::Prompt&, StreamHandle);
   int (*prefill_end)(const cuda::BatchView&, uint32_t root, const PolicyParams&,
@@ -42,6 +44,7 @@ struct KernelTable {
   int (*append)(const cuda::BatchView&, uint32_t layer, const void* k, const void* v, cuda::Element,
                 StreamHandle);
   int (*end)(const cuda::BatchView&, StreamHandle);
+  int (*read_streams)(const cuda::BatchView&, uint32_t layer, StreamHandle);
   int (*attend)(const cuda::AttendParams&, const cuda::AttendShape&, StreamHandle);
   int (*centred_lse)(const cuda::BatchView&, uint32_t layer, const void* q, cuda::Element,
                      float* lse, StreamHandle);

@@ -7,6 +7,8 @@
 
 #include "client/error_text.h"
 #include "client/gpu/batch.h"
+#include "kernels/cuda/device_format.h"
+#include "kernels/policy/coded_tokens.h"
 #include "kernels/policy/rank_trigger.h"
 #include "kernels/sequence/sequence.h"
 #include "thinkv/internal/limits.h"
@@ -69,6 +71,7 @@ Result<std::unique_ptr<GpuSequence>> GpuSequence::copy() {
   copy->layer_given_ = layer_given_;
   copy->queries_given_ = queries_given_;
   copy->tier_ = std::move(tier);
+  copy->block_gone_ = block_gone_;
   const cuda::ContextScope context(engine_->gpu());
   const int code =
       engine_->kernels().copy(engine_->view(), root_.raw(), root.raw(), engine_->stream());
@@ -97,13 +100,20 @@ Status GpuSequence::require_idle() const {
   return engine_->refuse_capture("a sequence cannot be changed");
 }
 
+uint32_t GpuSequence::coded_tokens(uint64_t tokens) const {
+  if (!policy_.entropy.on()) return 0;
+  return policy::coded_tokens(
+      policy_.entropy, static_cast<uint32_t>(std::min<uint64_t>(tokens, limits::kTokensMax)));
+}
+
 uint32_t GpuSequence::prompt_pages(uint32_t layer, uint32_t tokens) const {
   const ModelGeometry& geometry = engine_->geometry();
   const TierParams& tier = policy_.tier;
   if (tier.on() && tier.dense(layer)) return pages_for(geometry, tier.dense_format, tokens);
   const uint32_t far = tier.on() ? tier.tier_tokens(tokens) : 0;
+  const uint32_t coded = std::min(coded_tokens(tokens), tokens);
   return pages_for(geometry, policy_.sink_format, std::min(tokens, policy_.sink_tokens)) +
-         pages_for(geometry, policy_.prompt_format, tokens - far);
+         pages_for(geometry, policy_.prompt_format, tokens - far - coded);
 }
 
 Status GpuSequence::put_into_tier(uint32_t layer, const void* k, const void* v,
@@ -113,6 +123,22 @@ Status GpuSequence::put_into_tier(uint32_t layer, const void* k, const void* v,
     THINKV_ASSIGN_OR_RETURN(tier_, GpuTier::make(*engine_, policy_, tokens));
   }
   return tier_->put(layer, k, v, element);
+}
+
+Result<uint32_t> GpuSequence::prompt_lane_pages(uint32_t layer, uint32_t tokens) const {
+  const ModelGeometry& geometry = engine_->geometry();
+  const uint64_t coded_max = cuda::coded_prompt_max(geometry.kv_heads, geometry.head_dim);
+  if (std::min(coded_tokens(tokens), tokens) > coded_max) {
+    return describe(kUnsupported, "the GPU codes at most %llu tokens of a prompt",
+                    static_cast<unsigned long long>(coded_max));
+  }
+  const uint32_t lane_pages = prompt_pages(layer, tokens);
+  const uint32_t limit = engine_->kernels().lane_pages_limit(geometry, policy_);
+  if (lane_pages > limit) {
+    return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
+                    lane_pages, limit);
+  }
+  return lane_pages;
 }
 
 Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::Element element,
@@ -131,13 +157,8 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   if (layer_given_[layer] != 0) {
     return make_error(kInvalidArgument, "this layer was prefilled before");
   }
-  const uint32_t lane_pages = prompt_pages(layer, tokens);
+  THINKV_ASSIGN_OR_RETURN(const uint32_t lane_pages, prompt_lane_pages(layer, tokens));
   const KernelTable& kernels = engine_->kernels();
-  const uint32_t limit = kernels.lane_pages_limit(geometry, policy_);
-  if (lane_pages > limit) {
-    return describe(kUnsupported, "a lane of %u pages is more than one on the GPU may have (%u)",
-                    lane_pages, limit);
-  }
   const auto lock = engine_->lock();
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
   THINKV_TRY(
@@ -149,13 +170,34 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
     return put;
   }
   const cuda::ContextScope context(engine_->gpu());
-  THINKV_TRY(GpuEngine::launched(kernels.prefill(engine_->view(), root_.raw(), layer, k, v, element,
-                                                 tokens, engine_->stream()),
-                                 "prefill"));
+  const PromptLayer prompt{layer, k, v, element, tokens};
+  THINKV_TRY(coded_tokens(tokens) > 0 ? code_prompt(prompt, pages) : write_prompt(prompt));
   prompt_open_ = true;
   prompt_ = tokens;
   lane_pages_ = std::max(lane_pages_, lane_pages);
   layer_given_[layer] = 1;
+  return {};
+}
+
+Status GpuSequence::write_prompt(const PromptLayer& prompt) {
+  return GpuEngine::launched(
+      engine_->kernels().prefill(engine_->view(), root_.raw(), prompt.layer, prompt.k, prompt.v,
+                                 prompt.element, prompt.tokens, engine_->stream()),
+      "prefill");
+}
+
+Status GpuSequence::code_prompt(const PromptLayer& prompt, uint64_t promised) {
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
+  THINKV_TRY(GpuEngine::launched(
+      engine_->kernels().code_prompt(engine_->view(), root_.raw(), prompt.layer, prompt.k, prompt.v,
+                                     prompt.element, prompt.tokens, engine_->stream()),
+      "code_prompt"));
+  THINKV_TRY(write_prompt(prompt));
+  THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
+  const uint64_t taken =
+      after.data_pages + after.metadata_pages - before.data_pages - before.metadata_pages;
+  prompt_surplus_ = promised - std::min(taken, promised);
+  engine_->take_back(prompt_surplus_);
   return {};
 }
 
@@ -242,7 +284,7 @@ Status GpuSequence::prefill_end() {
                                  "prefill_end"));
   prompt_open_ = false;
   lane_pages_ += pages / engine_->geometry().lanes();
-  return {};
+  return prompt_surplus_ == 0 ? Status() : engine_->release(std::exchange(prompt_surplus_, 0));
 }
 
 Status GpuSequence::require_none_in_tier(std::span<const uint32_t> positions) const {
@@ -266,6 +308,9 @@ Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
   wanted.erase(std::lower_bound(wanted.begin(), wanted.end(), tokens - 16), wanted.end());
   if (wanted.empty()) return uint64_t{0};
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
+  if (policy_.entropy.on()) {
+    THINKV_ASSIGN_OR_RETURN(wanted, whole_blocks(wanted, before.tokens));
+  }
   const auto lock = engine_->lock();
   const cuda::ContextScope context(engine_->gpu());
   constexpr size_t kAtOnce = GpuEngine::kAnswerBytes / sizeof(uint32_t);
@@ -280,12 +325,42 @@ Result<uint64_t> GpuSequence::evict(std::span<const uint32_t> positions) {
     THINKV_TRY(engine_->synchronise());
   }
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers after, numbers());
+  if (policy_.entropy.on()) {
+    block_gone_.resize(coded_tokens(before.tokens) / kStreamBlockTokens);
+    for (const uint32_t position : wanted) block_gone_[position / kStreamBlockTokens] = 1;
+  }
   THINKV_TRY(engine_->settle());
   return after.evicted_slots - before.evicted_slots;
 }
 
+Result<std::vector<uint32_t>> GpuSequence::whole_blocks(std::span<const uint32_t> wanted,
+                                                        uint64_t tokens) const {
+  const uint32_t end = coded_tokens(tokens);
+  if (!wanted.empty() && wanted.back() >= end) {
+    return make_error(kUnsupported,
+                      "under a policy with entropy only tokens in whole coded blocks can go");
+  }
+  std::vector<uint32_t> whole;
+  for (auto from = wanted.begin(); from != wanted.end();) {
+    const uint32_t block = *from / kStreamBlockTokens;
+    const auto to = std::lower_bound(from, wanted.end(), (block + 1) * kStreamBlockTokens);
+    const bool gone = block < block_gone_.size() && block_gone_[block] != 0;
+    if (!gone && to - from != kStreamBlockTokens) {
+      return make_error(kUnsupported,
+                        "a token of an entropy-coded block cannot be evicted alone: name all 64");
+    }
+    if (!gone) whole.insert(whole.end(), from, to);
+    from = to;
+  }
+  return whole;
+}
+
 Status GpuSequence::trim(uint32_t keep) {
   THINKV_TRY(require_idle());
+  if (policy_.entropy.on()) {
+    return make_error(kUnsupported,
+                      "under a policy with entropy whole coded blocks alone can go: evict them");
+  }
   const uint32_t tokens = prompt_ + generated_;
   const GpuTier* const tier = this->tier();
   // All before the oldest that is kept would go.
@@ -305,7 +380,7 @@ Result<uint64_t> GpuSequence::quantize(uint32_t first, uint32_t last, Format for
     return make_error(kInvalidArgument, "the range must lie within the tokens of the sequence");
   }
   if (is_block(format)) return make_error(kUnsupported, "tokens come into blocks by rules only");
-  if (policy_.tier.on()) {
+  if (policy_.entropy.on() || policy_.tier.on()) {
     return make_error(kUnsupported, "a policy with entropy or tier chooses the formats itself");
   }
   THINKV_ASSIGN_OR_RETURN(const cuda::SequenceNumbers before, numbers());
@@ -404,6 +479,7 @@ Status GpuSequence::unsettle(uint32_t lane_pages) {
 
 uint32_t GpuSequence::lane_pages_of(uint32_t step_pages) const {
   if (step_pages == 0) return 0;
+  if (policy_.entropy.on()) return kLanePagesPerFlush;  // the others are its stream's
   return std::max(kLanePagesPerFlush, step_pages / engine_->geometry().lanes());
 }
 

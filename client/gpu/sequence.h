@@ -45,10 +45,12 @@ class GpuSequence {
   // As kernels::Sequence::token_classes; waits for the stream. Errors: kUnsupported for positions
   // that are too late, kExhausted, kQuotaExceeded.
   [[nodiscard]] Status token_classes(uint32_t first, std::span<const uint8_t> classes);
-  // Results count slots over all lanes; both wait for the stream.
+  // Results count slots over all lanes; both wait for the stream. With entropy whole coded blocks
+  // go, and nothing is recoded. Errors: kUnsupported.
   [[nodiscard]] Result<uint64_t> evict(std::span<const uint32_t> positions);
   [[nodiscard]] Result<uint64_t> quantize(uint32_t first, uint32_t last, Format format);
-  // Evicts all but the newest `keep` tokens, and at least 16, without waiting.
+  // Evicts all but the newest `keep` tokens, and at least 16, without waiting. Errors:
+  // kUnsupported with entropy.
   [[nodiscard]] Status trim(uint32_t keep);
   [[nodiscard]] Status set_budget(uint32_t budget_tokens);
   // Waits for the stream.
@@ -63,6 +65,8 @@ class GpuSequence {
   [[nodiscard]] bool in_prompt() const { return prompt_open_; }
   [[nodiscard]] uint32_t prompt_tokens() const { return prompt_; }
   [[nodiscard]] uint32_t generated_tokens() const { return generated_; }
+  // How many of its first `tokens` tokens are in coded blocks, or were.
+  [[nodiscard]] uint32_t coded_tokens(uint64_t tokens) const;
   // An upper bound of the pages in any of its lanes' tables.
   [[nodiscard]] uint32_t lane_pages() const { return lane_pages_; }
   // Null where no token lies in a tier.
@@ -94,6 +98,23 @@ class GpuSequence {
                                      cuda::Element element, uint32_t tokens);
   // Errors: kUnsupported where a position lies in the tier.
   [[nodiscard]] Status require_none_in_tier(std::span<const uint32_t> positions) const;
+  // The same, where a lane may have so many. Errors: kUnsupported.
+  [[nodiscard]] Result<uint32_t> prompt_lane_pages(uint32_t layer, uint32_t tokens) const;
+  struct PromptLayer {
+    uint32_t layer;
+    const void* k;
+    const void* v;
+    cuda::Element element;
+    uint32_t tokens;
+  };
+  [[nodiscard]] Status write_prompt(const PromptLayer& prompt);
+  // The same with coded blocks, whose bytes the GPU alone knows: what of `promised` pages was not
+  // needed is free again before the next layer asks for as many. Waits for the stream.
+  [[nodiscard]] Status code_prompt(const PromptLayer& prompt, uint64_t promised);
+  // Of `wanted`, ascending, those of whole coded blocks that are still there. Errors: kUnsupported
+  // where a token would have to go alone.
+  [[nodiscard]] Result<std::vector<uint32_t>> whole_blocks(std::span<const uint32_t> wanted,
+                                                           uint64_t tokens) const;
   [[nodiscard]] cuda::StepSequence before_step(uint32_t generated, uint32_t lane_pages) const;
   // The client changes what rules will find, in lanes that then have at most `lane_pages` pages:
   // the steps that were reserved and may still have to run were promised less.
@@ -114,6 +135,8 @@ class GpuSequence {
   std::vector<uint8_t> layer_given_;
   std::vector<uint8_t> queries_given_;  // a flag a layer
   std::unique_ptr<GpuTier> tier_;
+  std::vector<uint8_t> block_gone_;  // by coded block: evicted
+  uint64_t prompt_surplus_ = 0;      // pages of the newest layer's promise that it did not need
   GpuBatch* batch_ = nullptr;
   uint32_t row_ = 0;
 };

@@ -309,8 +309,9 @@ THINKV_API thinkv_status thinkv_batch_open(thinkv_model* model, const thinkv_bat
 /* Its sequences leave and stay open. Waits for the stream. */
 THINKV_API void thinkv_batch_close(thinkv_batch* batch);
 /* Puts a sequence of the same model into a free row, or takes it out (NULL). Between steps; not
- * while the stream is captured. Sequences whose policy measures attention must join before the
- * first begin. A sequence that is closed leaves by itself. */
+ * while the stream is captured. Sequences whose policy measures attention, or has token blocks or
+ * entropy-coded streams, must join before the first begin. A sequence that is closed leaves by
+ * itself. */
 THINKV_API thinkv_status thinkv_batch_set(thinkv_batch* batch, uint32_t row,
                                           thinkv_sequence* sequence, thinkv_error* error);
 /* Reserves all pages that the next `steps` steps can need, without waiting for the GPU, and counts
@@ -362,7 +363,7 @@ THINKV_API thinkv_status thinkv_batch_attend_with(thinkv_batch* batch, uint32_t 
 
 /* cuda backend: evicts all tokens of a sequence but the newest `keep`, and at least 16, without
  * waiting for the stream: what a sliding window needs, from time to time. Errors: UNSUPPORTED on
- * the host backend, INVALID_ARGUMENT (keep 0). */
+ * the host backend and under a policy with entropy, INVALID_ARGUMENT (keep 0). */
 THINKV_API thinkv_status thinkv_sequence_trim(thinkv_sequence* sequence, uint32_t keep,
                                               thinkv_error* error);
 /* cuda backend: a sequence of its own that goes on from where this one is (beams, several samples

@@ -39,7 +39,7 @@
 namespace thinkv::cuda {
 
 inline constexpr uint32_t kDeviceSequenceMagic = 0x44564B53;  // "SKVD"
-inline constexpr uint32_t kDeviceLayoutVersion = 7;
+inline constexpr uint32_t kDeviceLayoutVersion = 8;
 inline constexpr uint32_t kTablePagesMax = 96;
 inline constexpr uint32_t kSegmentPagesMax = 32;
 inline constexpr uint32_t kBufferPageSlots = 8;

@@ -187,6 +187,10 @@ class SameAsHost(CudaCase):
     def test_the_papers_formats(self):
         self.compare("nvfp4-only", [20], 20)
 
+    def test_coded_streams(self):
+        # Both flush and code in the steps; the first is too short for a codebook of its prompt.
+        self.compare("kvcomp", [100, 330], 70)
+
     def test_blocks_of_tokens(self):
         for policy in ("kivi", "think", "xquant"):
             with self.subTest(policy):
@@ -202,6 +206,32 @@ class SameAsHost(CudaCase):
 
     def test_a_host_tier(self):
         self.compare("tailorkv", [0, 300, 65, 12], 36)
+
+
+class CodedStreams(CudaCase):
+    pool = "16MiB"
+
+    def test_a_prompt_holds_less_than_half_of_its_16_bits_and_blocks_go_whole(self):
+        model = self.client.model(**SHAPE)
+        sequence = model.sequence(policy="kvcomp")
+        for layer in range(LAYERS):
+            sequence.prefill(layer, self.gpu.array(rows((0, layer), 1024, KV_HEADS, DIM)),
+                             self.gpu.array(rows((1, layer), 1024, KV_HEADS, DIM)))
+        sequence.prefill_end()
+        stats = sequence.stats()
+        self.assertEqual(stats["live_tokens"], 1024)
+        self.assertLess(stats["bytes_held"], 0.45 * stats["bytes_f16"])
+        # What was promised for 16-bit rows is not kept.
+        granted = self.client.stats()["client_granted_bytes"]
+        self.assertLess(granted, 0.75 * stats["bytes_f16"])
+        self.assertEqual(sequence.evict(range(64)), 64 * LAYERS * KV_HEADS)
+        self.assertLess(sequence.stats()["bytes_held"], stats["bytes_held"])
+        with self.assertRaisesRegex(thinkv.UnsupportedError, "name all 64"):
+            sequence.evict([70])
+        with self.assertRaisesRegex(thinkv.UnsupportedError, "chooses the formats itself"):
+            sequence.quantize(0, 5, "k2v2")
+        with self.assertRaisesRegex(thinkv.UnsupportedError, "whole coded blocks"):
+            sequence.trim(100)
 
 
 class Errors(CudaCase):

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,11 @@ struct World {
   uint32_t ended_with = 77;  // queries of the prompt that ended
   uint32_t classes_end = 0;
   uint32_t class_calls = 0;
-  bool reads_blocks = false;  // of the last attend
+  uint32_t stream_reads = 0;
+  const unsigned char* stream_pages = nullptr;  // of the last of them
+  bool reads_blocks = false;                    // of the last attend
+  uint64_t tokens = 0;                          // of every sequence
+  std::vector<uint32_t> evicted;
 };
 World world;  // NOLINT: kernels are plain functions
 
@@ -48,6 +53,8 @@ const KernelTable kIdleKernels = {
                StreamHandle) { return 0; },
     .prefill = [](const BatchView&, uint32_t, uint32_t, const void*, const void*, Element, uint32_t,
                   StreamHandle) { return 0; },
+    .code_prompt = [](const BatchView&, uint32_t, uint32_t, const void*, const void*, Element,
+                      uint32_t, StreamHandle) { return 0; },
     .prefill_queries =
         [](const BatchView&, uint32_t, const PolicyParams&, uint32_t, const void*, Element,
            const cuda::Prompt& prompt, StreamHandle) {
@@ -68,13 +75,22 @@ const KernelTable kIdleKernels = {
           return 0;
         },
     .close = [](const BatchView&, uint32_t, StreamHandle) { return 0; },
-    .evict = [](const BatchView&, uint32_t, const uint32_t*, uint32_t, StreamHandle) { return 0; },
+    .evict =
+        [](const BatchView&, uint32_t, const uint32_t* positions, uint32_t count, StreamHandle) {
+          world.evicted.insert(world.evicted.end(), positions, positions + count);
+          return 0;
+        },
     .trim = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
     .copy = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
     .recode = [](const BatchView&, uint32_t, uint32_t, uint32_t, Format,
                  StreamHandle) { return 0; },
     .budget = [](const BatchView&, uint32_t, uint32_t, StreamHandle) { return 0; },
-    .numbers = [](const BatchView&, uint32_t, cuda::SequenceNumbers*, StreamHandle) { return 0; },
+    .numbers =
+        [](const BatchView&, uint32_t, cuda::SequenceNumbers* out, StreamHandle) {
+          *out = {};
+          out->tokens = world.tokens;
+          return 0;
+        },
     .sparsity = [](const BatchView&, uint32_t, float*, StreamHandle) { return 0; },
     .begin =
         [](const BatchView& view, StreamHandle) {
@@ -86,6 +102,12 @@ const KernelTable kIdleKernels = {
     .end =
         [](const BatchView&, StreamHandle) {
           ++world.steps;
+          return 0;
+        },
+    .read_streams =
+        [](const BatchView& view, uint32_t, StreamHandle) {
+          ++world.stream_reads;
+          world.stream_pages = view.stream_pages;
           return 0;
         },
     .attend =
@@ -188,6 +210,15 @@ class ReserveBehind : public test::CudaFixture {
       policy.rules[0].action = RankAction::kRecode;
       policy.rules[0].recode_format = Format::kKivi2;
     }
+    Result<std::unique_ptr<GpuSequence>> sequence = GpuSequence::open(*engine_, policy, {});
+    EXPECT_TRUE(sequence) << sequence.error().what;
+    return sequence ? std::move(*sequence) : nullptr;
+  }
+
+  std::unique_ptr<GpuSequence> coded_sequence() {
+    PolicyParams policy = testing::plain_policy(Format::kF16);
+    policy.rotate = 1;  // as the other sequences of the batch
+    policy.entropy.key_step = policy.entropy.value_step = 0.1f;
     Result<std::unique_ptr<GpuSequence>> sequence = GpuSequence::open(*engine_, policy, {});
     EXPECT_TRUE(sequence) << sequence.error().what;
     return sequence ? std::move(*sequence) : nullptr;
@@ -297,6 +328,66 @@ TEST_F(ReserveBehind, BlocksAreRefusedByStepsThatWereLaunchedWithoutThem) {
   ASSERT_TRUE(batch_->set(0, nullptr));
   sequence_ = sequence_of(false, true);
   EXPECT_EQ(batch_->set(0, sequence_.get()).error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, CodedBlocksAreReadBeforeAttention) {
+  open(0);
+  ASSERT_TRUE(batch_->attend(0, {}));
+  EXPECT_EQ(world.stream_reads, 0u);
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = coded_sequence();
+  ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  ASSERT_TRUE(batch_->attend(0, {}));
+  EXPECT_EQ(world.stream_reads, 1u);
+  EXPECT_NE(world.stream_pages, nullptr);
+}
+
+TEST_F(ReserveBehind, CodedBlocksAreRefusedByStepsThatWereLaunchedWithoutThem) {
+  open(0);
+  ASSERT_TRUE(run(1));
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = coded_sequence();
+  const Status refused = batch_->set(0, sequence_.get());
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ReserveBehind, CodedTokensHaveTheirPlaceInTheList) {
+  world.lane_pages = 3;
+  open(300);  // 17 pages a lane: enough for three and two of the buffer
+  ASSERT_TRUE(batch_->set(0, nullptr));
+  sequence_ = coded_sequence();
+  ASSERT_TRUE(sequence_->prefill(0, this, this, Element::kF32, 192));
+  ASSERT_TRUE(sequence_->prefill_end());
+  ASSERT_TRUE(batch_->set(0, sequence_.get()));
+  // 128 tokens are coded: 16 pages, and there are as many in the lane's table.
+  const Status refused = batch_->reserve(1);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_NE(std::string(refused.error().what).find("tokens_max"), std::string::npos);
+}
+
+TEST_F(ReserveBehind, CodedBlocksGoWholeOrNotAtAll) {
+  open(0);
+  sequence_ = coded_sequence();
+  ASSERT_TRUE(sequence_->prefill(0, this, this, Element::kF32, 256));
+  ASSERT_TRUE(sequence_->prefill_end());
+  world.tokens = 256;
+  const auto refusal = [&](std::vector<uint32_t> positions) {
+    const Result<uint64_t> evicted = sequence_->evict(positions);
+    return evicted ? std::string() : std::string(evicted.error().what);
+  };
+  std::vector<uint32_t> second(64);
+  std::iota(second.begin(), second.end(), 64u);
+  EXPECT_NE(refusal({3}).find("name all 64"), std::string::npos);
+  EXPECT_NE(refusal({200}).find("whole coded blocks"), std::string::npos);
+  EXPECT_EQ(refusal(second), "");
+  EXPECT_EQ(world.evicted, second);
+  world.evicted.clear();
+  EXPECT_EQ(refusal({70, 80}), "") << "they are gone already";
+  EXPECT_TRUE(world.evicted.empty());
+  EXPECT_EQ(sequence_->trim(64).error().code, ErrorCode::kUnsupported);
+  EXPECT_EQ(sequence_->quantize(0, 10, Format::kK4V4).error().code, ErrorCode::kUnsupported);
 }
 
 TEST_F(ReserveBehind, LanesBeyondABlockGetTheirMemoryBeforeTheyAreRanked) {
