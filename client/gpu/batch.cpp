@@ -125,17 +125,6 @@ Status GpuBatch::make_lists() {
   return {};
 }
 
-// Working memory for the coded blocks of one layer at a time: a 16-bit page for each entry of its
-// list.
-Status GpuBatch::make_stream_pages() {
-  const uint64_t bytes = uint64_t{list_pages_} * page_bytes(engine_->geometry().head_dim);
-  THINKV_ASSIGN_OR_RETURN(stream_pages_,
-                          GpuMemory::make(engine_->gpu(), Place::kDevice, bytes,
-                                          "the pages that coded blocks are decoded to"));
-  view_.stream_pages = stream_pages_.as<unsigned char>();
-  return {};
-}
-
 // Room for lists of `pages` pages and half as many again: growing waits for the GPU.
 Status GpuBatch::grow(uint64_t pages) {
   THINKV_TRY(engine_->refuse_capture("working memory cannot grow"));
@@ -199,18 +188,6 @@ Status GpuBatch::use_policy(const GpuSequence& sequence) {
                       "which this sequence's policy has: open another batch for it");
   }
   centred_ = centred_ || centred;
-  return {};
-}
-
-Status GpuBatch::use_streams(const GpuSequence& sequence) {
-  if (!sequence.policy().entropy.on() || streams_) return {};
-  if (launched_) {
-    return make_error(kInvalidArgument,
-                      "this batch's steps were launched without reading coded blocks, which this "
-                      "sequence's policy has: open another batch for it");
-  }
-  THINKV_TRY(make_stream_pages());
-  streams_ = true;
   return {};
 }
 
@@ -483,10 +460,7 @@ Status GpuBatch::attend(uint32_t layer, const Attend& io) {
   }
   const cuda::ContextScope context(engine_->gpu());
   THINKV_TRY(fetch(layer, io));
-  if (streams_) {
-    THINKV_TRY(GpuEngine::launched(engine_->kernels().read_streams(view_, layer, engine_->stream()),
-                                   "read_streams"));
-  }
+  THINKV_TRY(read_streams(layer));
   THINKV_TRY(
       GpuEngine::launched(engine_->kernels().attend(p, shape_, engine_->stream()), "attend"));
   if (io.lse == nullptr) return {};

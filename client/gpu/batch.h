@@ -92,6 +92,7 @@ class GpuBatch {
   [[nodiscard]] Status use_tier(const GpuSequence& sequence);
   [[nodiscard]] Status fetch(uint32_t layer, const Attend& io);
   [[nodiscard]] Status use_streams(const GpuSequence& sequence);
+  [[nodiscard]] Status read_streams(uint32_t layer);
   [[nodiscard]] Status require_layer(uint32_t layer) const;
   [[nodiscard]] uint64_t row_count() const;
   void report_counters(uint32_t steps);
