@@ -256,7 +256,7 @@ inline double give_coded_prompts(const Bench& b, uint32_t tokens) {
       });
       must(cuda::launch_prefill(b.view, root, layer, b.k, b.k, Element::kBf16, tokens, b.stream));
     }
-    must(cuda::launch_prefill_end(b.view, root, tokens, b.stream));
+    must(cuda::launch_prefill_end(b.view, root, b.policy, {.tokens = tokens}, b.stream));
   }
   return code_us;
 }
