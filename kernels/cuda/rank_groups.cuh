@@ -9,6 +9,16 @@
 namespace thinkv::cuda {
 namespace rank_detail {
 
+// A lane of the layer, or null with kBadMetadata raised. Another block may be taking pages from it
+// or giving some, so its counts are not looked at, as lane_view() would.
+[[nodiscard]] __device__ __forceinline__ const DeviceLane* lane_beside(const RankItem& item,
+                                                                       uint32_t index) {
+  const uint32_t per_page = lanes_per_page(item.batch->geometry.head_dim);
+  const auto* page = page_at(*item.batch, lane_page_ids(item.sequence)[index / per_page]);
+  if (page == nullptr) return nullptr;
+  return reinterpret_cast<const DeviceLane*>(page) + index % per_page;
+}
+
 // How many heads of the lane's layer come before it, the largest signal first; `heads` where one
 // has no signal: there was no prompt. Every thread looks at all of them.
 [[nodiscard]] __device__ inline uint32_t head_rank(const RankItem& item) {
@@ -19,9 +29,9 @@ namespace rank_detail {
   const float signal = mine.lane->head_signal;
   uint32_t rank = 0;
   for (uint32_t h = 0; h < heads; ++h) {
-    const LaneView lane = lane_view(*item.batch, item.sequence, first + h);
-    if (lane.lane == nullptr) return heads;
-    const float other = lane.lane->head_signal;
+    const DeviceLane* lane = lane_beside(item, first + h);
+    if (lane == nullptr) return heads;
+    const float other = lane->head_signal;
     if (other != other) return heads;
     rank += other > signal || (other == signal && h < own) ? 1 : 0;
   }

@@ -73,7 +73,8 @@ inline void draw_blocks(PolicyParams& p, RuleDice dice) {
   p.rules[0].position = 1.0f;
 }
 
-// Draws until the rules go together. All recode to one format, so that no token is recoded twice.
+// Draws until the rules go together, and with p.centre, which must be 0 for blocks. All recode to
+// one format, so that no token is recoded twice.
 inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = false) {
   RuleDice dice(random);
   p.evict = EvictRule::kRank;
@@ -81,7 +82,6 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = f
   p.rule_count = static_cast<uint8_t>(1 + dice.below(kRulesMax));
   do {
     p.grain = static_cast<SelectGrain>(dice.below(2));
-    p.centre = static_cast<uint8_t>(dice.below(2));
     p.budget_tokens = 8 + dice.below(60);
     p.score_kind = static_cast<ScoreKind>(dice.below(4));
     p.score_every = static_cast<uint16_t>(1 + 2 * dice.below(2));
@@ -92,6 +92,7 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = f
     for (uint32_t i = 0; i < p.rule_count; ++i) {
       p.rules[i] = draw_rule(dice);
       p.rules[i].recode_format = recode;
+      if (p.centre == 0) p.rules[i].distinct = 0.0f;
     }
     if (blocks) draw_blocks(p, dice);
   } while (!policy_params_valid(p));

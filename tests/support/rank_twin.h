@@ -212,6 +212,7 @@ inline PolicyParams draw_rank_policy(TwinBatch& batch, bool blocks) {
     p.rotate = static_cast<uint8_t>(batch.below(2));
     p.sink_tokens = batch.below(3) * batch.below(12);
     p.score_decay = batch.below(4) == 0 ? 1.0f : 0.9f;
+    p.centre = blocks ? 0 : static_cast<uint8_t>(batch.below(2));
     draw_rules(p, batch.random(), blocks);
   } while (cuda::rank_unsupported(p) != nullptr);
   return p;
