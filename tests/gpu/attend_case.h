@@ -265,13 +265,13 @@ struct Worst {
 // Bounds: 1e-3 rms(V) + 2/128 |o|, cosine distance 5e-6, log-sum-exp 1e-4 where q is exact in the
 // kernel (not rotated, and fp16 or smaller); where the kernel rounds q, what that costs: 2^-11 of a
 // logit's standard deviation, or 2^-8 where the page is bf16. Keys of blocks are rounded as well:
-// twice that.
+// twice that, in the log-sum-exp and in what moved probabilities make of the output.
 struct Bounds {
   explicit Bounds(const AttendCase& c) {
     const bool exact = !c.rotate && c.q_element != Element::kF32 &&
                        (c.q_element == Element::kBf16 || !c.has_bf16()) && !c.has_blocks();
     const bool bf16 = c.has_bf16();
-    value = exact ? 1.0 : bf16 ? 6.0 : 2.0;
+    value = exact ? 1.0 : bf16 ? 6.0 : c.has_blocks() ? 4.0 : 2.0;
     cosine = (exact && !bf16 ? 5e-6
               : bf16         ? 1e-4
                              : 2e-5) +

@@ -321,6 +321,16 @@ class Plan(unittest.TestCase):
         self.assertEqual(len(every), 3 * 2 * 4)
         self.assertTrue(all(len(each.policies) == 2 for stage in stages for each in stage))
 
+    def test_a_batch_of_one_run_is_a_task_a_point(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            stages = self.plan(Store(pathlib.Path(folder) / "rows", False), batch=1)
+        every = [(each.text.name, each.mode, each.policies[0].name, *each.points)
+                 for stage in stages for each in stage]
+        self.assertEqual(len(every), len(set(every)))
+        self.assertTrue(all(len(each.policies) == len(each.points) == 1
+                            for stage in stages for each in stage))
+        self.assertEqual({point for *_, point in every if point != 1.0}, {0.25, 0.12})
+
     def test_rows_that_are_there_are_not_done_again(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = Store(pathlib.Path(folder) / "rows", False)

@@ -67,7 +67,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="only so many tokens of each text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--batch", type=int, default=BATCH, help="runs in one task, so many are "
-                        "lost by a kill at most (default 32: one step's)")
+                        "lost by a kill at most (default 32: one step's); 1: a task each point of "
+                        "each policy, for dozens of cores")
     parser.add_argument("--tile", type=int, default=TILE_ROWS, help="rows of one product, idle "
                         f"ones included (default {TILE_ROWS}: the most tokens a second of CPU; 12 "
                         "ends sooner on dozens of cores; rows of two tiles differ in the last bit)")
@@ -111,16 +112,20 @@ def plan(
     """Two stages of tasks without those whose rows are there: the first text finds the settings
     that the searches on the other texts begin with. piloted False: all texts at once. In a stage
     the longest tasks come first."""
-    size = max(1, batch // max(1, len(points) - (FULL in points)))
+    limits = max(1, len(points) - (FULL in points))
+    size = max(1, batch // limits)
+    # A batch below one policy's runs: a task a point, which is what dozens of cores want.
+    groups = [points] if batch >= limits else [[point] for point in points]
     stages: list[list[Task]] = [[], []]
     for order, text in enumerate(chosen):
         for mode in modes:
-            wanted = [policy for policy in policies if any(
-                key not in store
-                for key in Task(text, mode, [policy], points, library_digest(), tile).keys())]
-            stages[min(order, 1) if piloted else 0] += [
-                Task(text, mode, wanted[first : first + size], points, library_digest(), tile)
-                for first in range(0, len(wanted), size)]
+            for group in groups:
+                wanted = [policy for policy in policies if any(
+                    key not in store
+                    for key in Task(text, mode, [policy], group, library_digest(), tile).keys())]
+                stages[min(order, 1) if piloted else 0] += [
+                    Task(text, mode, wanted[first : first + size], group, library_digest(), tile)
+                    for first in range(0, len(wanted), size)]
     return [sorted(stage, key=lambda task: -_steps(task, piloted)) for stage in stages]
 
 
