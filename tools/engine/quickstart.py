@@ -248,7 +248,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--policy", default="thinkv", metavar="NAME",
                         help="a policy of config/policies (default thinkv)")
     parser.add_argument("--budget", type=budget, default=256, metavar="N",
-                        help="live generated tokens a lane, or 'policy' for the policy's own "
+                        help="live tokens a lane, or 'policy' for the policy's own "
                         "(default 256: small, so that evictions show)")
     parser.add_argument("--temperature", type=temperature, default=0.7, metavar="T",
                         help="0 is greedy (default 0.7)")
