@@ -31,6 +31,13 @@ inline std::optional<PolicyParams> shipped_params(const std::string& name, uint3
   return params;
 }
 
+// The same where the policy must be there. budget 0: none.
+inline PolicyParams must_ship(const std::string& name, uint32_t budget) {
+  const auto policy = shipped_params(name, budget);
+  THINKV_CHECK(policy.has_value());
+  return *policy;
+}
+
 // Those that recode to blocks of tokens; run_block_policy() is theirs.
 inline constexpr const char* kBlockPolicies[] = {"kivi", "think", "xquant"};
 

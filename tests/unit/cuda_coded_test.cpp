@@ -22,9 +22,7 @@ using testing::geometry_of;
 using testing::TwinBatch;
 
 PolicyParams kvcomp() {
-  const auto policy = testing::shipped_params("kvcomp", 0);
-  THINKV_CHECK(policy.has_value());
-  return *policy;
+  return testing::must_ship("kvcomp", 0);
 }
 
 void expect_same(const PolicyParams& policy, const ModelGeometry& geometry,

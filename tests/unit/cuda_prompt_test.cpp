@@ -12,28 +12,23 @@ namespace thinkv::cuda {
 namespace {
 
 using testing::DeviceReader;
+using testing::must_ship;
 using testing::RankTally;
 using testing::TwinBatch;
-
-PolicyParams policy_of(const char* name, uint32_t budget) {
-  const auto policy = testing::shipped_params(name, budget);
-  THINKV_CHECK(policy.has_value());
-  return *policy;
-}
 
 // Rows of several tiles and sets, above and below the kernel for few tokens.
 TEST(CudaPrompt, QueriesOfLongPromptsAgreeWithTheHost) {
   for (const char* name : {"snapkv", "h2o", "thinkv", "dbudgetkv", "uncomp"}) {
-    EXPECT_EQ(testing::run_long_prompt(policy_of(name, 300), kRankRowsFew + 200, 64, 1, 64), "")
+    EXPECT_EQ(testing::run_long_prompt(must_ship(name, 300), kRankRowsFew + 200, 64, 1, 64), "")
         << name;
-    EXPECT_EQ(testing::run_long_prompt(policy_of(name, 100), 333, 128, 2, 7), "") << name;
+    EXPECT_EQ(testing::run_long_prompt(must_ship(name, 100), 333, 128, 2, 7), "") << name;
   }
 }
 
 TEST(CudaPrompt, MatrixEntropyAgreesWithTheHostInEveryWidth) {
   for (const uint32_t dim : kHeadDims) {
     for (const uint32_t queries : {0u, 1u, 33u, 64u}) {
-      EXPECT_EQ(testing::run_prompt_entropy(policy_of("uncomp", 50), dim, queries), "")
+      EXPECT_EQ(testing::run_prompt_entropy(must_ship("uncomp", 50), dim, queries), "")
           << dim << ", " << queries << " queries";
     }
   }
@@ -45,8 +40,8 @@ TEST(CudaPrompt, HeadsWithoutASignalShareTheBudgetEqually) {
                    .capacity = 2,
                    .extent_pages = 1024,
                    .plant_scores = true});
-  batch.open(0, policy_of("uncomp", 40));
-  batch.open(1, policy_of("uncomp", 40));
+  batch.open(0, must_ship("uncomp", 40));
+  batch.open(1, must_ship("uncomp", 40));
   batch.prefill(1, 100, 32);
   EXPECT_EQ(testing::compared_steps(batch, 60), "");
   const DeviceReader without(batch.pool(), batch.twin(0)->root);
@@ -62,7 +57,7 @@ TEST(CudaPrompt, HeadsWithoutASignalShareTheBudgetEqually) {
 
 TEST(CudaPrompt, ThinkChoosesChannelsByQueriesAsTheHost) {
   RankTally tally;
-  const PolicyParams think = policy_of("think", 24);
+  const PolicyParams think = must_ship("think", 24);
   for (const uint32_t dim : kHeadDims) {
     const ModelGeometry g{.layers = 2, .q_heads = 6, .kv_heads = 2, .head_dim = dim};
     EXPECT_EQ(testing::run_block_policy(think, g, tally, 20), "") << dim;
@@ -76,7 +71,7 @@ TEST(CudaPrompt, ChannelsWithAndWithoutQueriesDiffer) {
   for (const uint32_t queries : {0u, 32u}) {
     TwinBatch batch({.geometry = {.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 64},
                      .extent_pages = 256});
-    batch.open(0, policy_of("think", 24));
+    batch.open(0, must_ship("think", 24));
     batch.prefill(0, 100, queries);
     EXPECT_EQ(testing::compared(batch, "the prompt"), "");
     const DeviceReader reader(batch.pool(), batch.twin(0)->root);
@@ -198,7 +193,7 @@ TEST(CudaPrompt, BadMetadataIsReportedAndNotFollowed) {
     for (uint32_t damage = 0; damage < 6; ++damage) {
       SCOPED_TRACE(std::string(name) + ", " + std::to_string(damage));
       TwinBatch batch({.geometry = g});
-      const PolicyParams policy = policy_of(name, 40);
+      const PolicyParams policy = must_ship(name, 40);
       batch.open(0, policy);
       const uint32_t root = batch.twin(0)->root;
       batch.pool().supply(prefill_pages(g, policy, 0, 50));

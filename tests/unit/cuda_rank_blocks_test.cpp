@@ -20,9 +20,7 @@ ModelGeometry geometry_of(uint32_t layers, uint32_t dim, ValueType type = ValueT
 
 // The policy with a small budget, so that most tokens are in blocks.
 PolicyParams policy_of(const char* name, Format format = Format::kNone) {
-  const auto policy = testing::shipped_params(name, 24);
-  THINKV_CHECK(policy.has_value());
-  PolicyParams params = *policy;
+  PolicyParams params = testing::must_ship(name, 24);
   for (uint32_t i = 0; i < params.rule_count && format != Format::kNone; ++i) {
     params.rules[i].recode_format = i + 1u == params.rule_count ? format : single_of(format);
   }

@@ -25,9 +25,7 @@ using testing::TierTally;
 using testing::TwinBatch;
 
 PolicyParams tailorkv() {
-  const auto policy = testing::shipped_params("tailorkv", 0);
-  THINKV_CHECK(policy.has_value());
-  return *policy;
+  return testing::must_ship("tailorkv", 0);
 }
 
 // Layer 0 is dense in the shipped policy, layer 1 sparse.
