@@ -40,7 +40,9 @@ const char* fault_text(uint32_t faults) {
   if ((faults & cuda::kListFull) != 0) {
     return "a batch's page list was too small: attention missed tokens (raise tokens_max)";
   }
-  if ((faults & cuda::kRowsFull) != 0) return "a lane held more tokens than rank rules take";
+  if ((faults & cuda::kRowsFull) != 0) {
+    return "rank rules had no memory for a lane's tokens or keys";
+  }
   if ((faults & cuda::kBadMetadata) != 0) return "the metadata of a sequence is damaged";
   return "the page lease on the GPU overflowed";
 }
@@ -314,9 +316,8 @@ Result<GpuBatch::StepPages> GpuBatch::pages_of_steps(uint32_t steps) const {
     const GpuTier* const tier = sequence->tier();
     const uint32_t working = tier == nullptr ? 0 : GpuTierMemory::working_pages(tier->fetched());
     pages.listed += heads * (lane_pages + 2 + working + coded / cuda::kBufferPageSlots);
-    pages.ranked =
-        std::max(pages.ranked, engine_->kernels().rank_memory_tokens(
-                                   engine_->geometry(), sequence->policy(), lane_pages, tokens));
+    pages.ranked = pages.ranked.and_of(
+        engine_->kernels().rank_need(engine_->geometry(), sequence->policy(), lane_pages, tokens));
   }
   return pages;
 }

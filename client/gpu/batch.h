@@ -81,9 +81,9 @@ class GpuBatch {
   // Reads what the GPU reported.
   [[nodiscard]] Status poll();
   struct StepPages {
-    uint64_t taken;   // at most, by the steps
-    uint64_t listed;  // at most, in one layer's list
-    uint64_t ranked;  // tokens of a lane that rules have no room for in a block, or 0
+    uint64_t taken;         // at most, by the steps
+    uint64_t listed;        // at most, in one layer's list
+    cuda::RankNeed ranked;  // of all rows
   };
   [[nodiscard]] Result<StepPages> pages_of_steps(uint32_t steps) const;
   [[nodiscard]] Result<StepPages> make_room(uint32_t steps);

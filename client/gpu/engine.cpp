@@ -171,17 +171,18 @@ Status GpuEngine::promise(uint64_t pages) {
   return {};
 }
 
-Status GpuEngine::make_rank_memory(uint64_t tokens) {
+Status GpuEngine::make_rank_memory(const cuda::RankNeed& need) {
   const std::lock_guard lock(mutex_);
-  if (tokens <= rank_tokens_) return {};
+  const cuda::RankNeed all = rank_need_.and_of(need);
+  if (all == rank_need_) return {};
   THINKV_TRY(refuse_capture("working memory cannot grow"));
-  const cuda::RankMemoryShape shape = kernels_->rank_memory_shape(tokens, multiprocessors_);
+  const cuda::RankMemoryShape shape = kernels_->rank_memory_shape(all, multiprocessors_);
   THINKV_ASSIGN_OR_RETURN(GpuMemory rows, GpuMemory::make(gpu(), Place::kDevice, shape.bytes,
-                                                          "rank rules of long lanes"));
+                                                          "the work of rank rules"));
   THINKV_TRY(synchronise());  // nobody uses the old rows any more
   const cuda::ContextScope context(gpu());
   THINKV_TRY(context.status());
-  const cuda::RankMemory memory{rows.as<unsigned char>(), shape.room, shape.blocks};
+  const cuda::RankMemory memory{rows.as<unsigned char>(), shape.room, shape.dims, shape.blocks};
   const cuda::Driver& driver = gpu().driver();
   THINKV_TRY(cuda::driver_status(
       driver,
@@ -189,7 +190,7 @@ Status GpuEngine::make_rank_memory(uint64_t tokens) {
                               &memory, sizeof(memory)),
       "cuMemcpyHtoD"));
   rank_rows_ = std::move(rows);
-  rank_tokens_ = std::max<uint64_t>(tokens, shape.room - 1);
+  rank_need_ = {std::max<uint64_t>(all.tokens, shape.room - 1), all.dims};
   return {};
 }
 

@@ -49,9 +49,10 @@ class GpuEngine {
   // Makes sure that what is enqueued next can take `pages`. On error nothing has changed.
   // Errors: kExhausted, kQuotaExceeded, kUnavailable.
   [[nodiscard]] Status promise(uint64_t pages);
-  // Working memory of rank rules for lanes of `tokens` tokens; waits for the stream where it has to
-  // grow. Errors: kExhausted, with the bytes; kInvalidArgument while the stream is being captured.
-  [[nodiscard]] Status make_rank_memory(uint64_t tokens);
+  // Working memory of rank rules for this and for all that was needed before; waits for the stream
+  // where it has to grow. Errors: kExhausted, with the bytes; kInvalidArgument while the stream is
+  // being captured.
+  [[nodiscard]] Status make_rank_memory(const cuda::RankNeed& need);
   // What was promised last is not needed: nothing of it was or will be enqueued.
   void take_back(uint64_t pages);
   // Pages that were promised and taken back go to the daemon; waits for the stream.
@@ -103,10 +104,10 @@ class GpuEngine {
   GpuMemory stack_;    // its pages
   GpuMemory staging_;  // pinned: page ids on their way to and from the device
   GpuMemory answer_;
-  GpuMemory rank_memory_;  // cuda::RankMemory
-  GpuMemory rank_rows_;    // its rows
-  uint64_t rank_tokens_ = 0;
-  uint32_t staged_ = 0;  // ids in staging_ that a kernel may not have read yet
+  GpuMemory rank_memory_;     // cuda::RankMemory
+  GpuMemory rank_rows_;       // its rows
+  cuda::RankNeed rank_need_;  // that they have room for
+  uint32_t staged_ = 0;       // ids in staging_ that a kernel may not have read yet
 
   uint64_t refilled_ = 0;  // pages pushed by the host less pages drained
   uint64_t promised_ = 0;

@@ -67,9 +67,9 @@ struct KernelTable {
   uint32_t (*step_pages)(const ModelGeometry&, const PolicyParams&, const cuda::StepSequence&);
   uint32_t (*recode_pages)(const ModelGeometry&, const PolicyParams&, uint32_t lane_pages_max,
                            Format);
-  uint64_t (*rank_memory_tokens)(const ModelGeometry&, const PolicyParams&, uint32_t pages,
-                                 uint64_t tokens);
-  cuda::RankMemoryShape (*rank_memory_shape)(uint64_t tokens, uint32_t multiprocessors);
+  cuda::RankNeed (*rank_need)(const ModelGeometry&, const PolicyParams&, uint32_t pages,
+                              uint64_t tokens);
+  cuda::RankMemoryShape (*rank_memory_shape)(const cuda::RankNeed&, uint32_t multiprocessors);
   Status (*supported)(const ModelGeometry&, const PolicyParams&);
   uint32_t (*lane_pages_limit)(const ModelGeometry&, const PolicyParams&);
 };

@@ -161,8 +161,7 @@ Status GpuSequence::prefill(uint32_t layer, const void* k, const void* v, cuda::
   const KernelTable& kernels = engine_->kernels();
   const auto lock = engine_->lock();
   THINKV_TRY(engine_->refuse_capture("a prompt cannot be written"));
-  THINKV_TRY(
-      engine_->make_rank_memory(kernels.rank_memory_tokens(geometry, policy_, lane_pages, tokens)));
+  THINKV_TRY(engine_->make_rank_memory(kernels.rank_need(geometry, policy_, lane_pages, tokens)));
   const uint32_t pages = kernels.prefill_pages(geometry, policy_, layer, tokens);
   THINKV_TRY(engine_->promise(pages));
   if (const Status put = put_into_tier(layer, k, v, element, tokens); !put) {

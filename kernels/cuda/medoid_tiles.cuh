@@ -1,4 +1,4 @@
-// medoid_tiles.cuh: squared distances of keys and centres in shared memory, with the oracle's bits.
+// medoid_tiles.cuh: squared distances of keys and centres, with the oracle's bits.
 //
 // Eight neighbouring threads share a tile of 4 keys and 4 centres; thread l has the oracle's
 // partial sum l of all 16 distances, so that a sum is made by one thread in the oracle's order and
@@ -18,20 +18,25 @@ inline constexpr uint32_t kMedoidTile = 4;
 inline constexpr uint32_t kMedoidGroup = 8;  // threads of a tile, the oracle's partial sums
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// All in shared memory.
+// All in shared memory, or in global memory that is the block's alone.
 struct Medoids {
   float* keys;             // [n, stride]
   float* centres;          // [target, stride]
   const float* weights;    // [n] > 0, or null
   uint16_t* cluster_of;    // [n]
   uint8_t* keep;           // [n] out: 1 for exactly `target` rows
-  unsigned char* scratch;  // kMedoidScratchBytes, 8-byte aligned
-  uint32_t n;              // 1 .. kMedoidRowsHeld
+  unsigned char* scratch;  // 8-byte aligned
+  uint32_t scratch_bytes;  // at least medoid_scratch_bytes(n)
+  uint32_t n;              // 1 .. kernels::kMedoidRowsMax
   uint32_t stride;         // medoid_stride(dim); dims beyond `dim` are 0
   uint32_t target;         // 1 .. n
   uint32_t iterations;
 };
-inline constexpr uint32_t kMedoidScratchBytes = kMedoidRowsHeld * 16 + 128;
+// Of it four costs a row, and 128 bytes: what is beyond holds the costs of more centres at a time.
+[[nodiscard]] constexpr uint32_t medoid_scratch_bytes(uint32_t rows) {
+  return rows * 16 + 128;
+}
+inline constexpr uint32_t kMedoidScratchBytes = medoid_scratch_bytes(kMedoidRowsHeld);
 
 // Dim d of a vector: thread d % 8 of a group loads its dims d, d + 8, d + 16, d + 24 as 16 bytes,
 // the group 128 neighbouring bytes.
@@ -88,7 +93,7 @@ __device__ __forceinline__ uint32_t fold_centre() {
 }
 
 // Adds to the sums of keys row .. row + 3 and centres centre .. centre + 3 of `centres` what the
-// dims in shared memory are apart. Rows beyond the last repeat it.
+// dims that are there are apart. Rows beyond the last repeat it.
 __device__ __forceinline__ void add_distances(const Medoids& m, uint32_t row, uint32_t centre,
                                               uint32_t centres, float (&sums)[4][4]) {
   const uint32_t first = threadIdx.x % kMedoidGroup * 4;

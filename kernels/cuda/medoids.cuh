@@ -171,7 +171,7 @@ __device__ __forceinline__ void pick(const Medoids& m, const FindCosts& find_cos
   auto* const wanted = reinterpret_cast<uint32_t*>(m.scratch);  // [32]
   auto* const costs = reinterpret_cast<float*>(wanted + 32);
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t fits = (kMedoidScratchBytes - 128) / (static_cast<uint32_t>(sizeof(float)) * m.n);
+  const uint32_t fits = (m.scratch_bytes - 128) / (static_cast<uint32_t>(sizeof(float)) * m.n);
   const uint32_t room = min(fits / kMedoidTile * kMedoidTile, kMedoidCentresTogether);
   uint32_t taken = 0;
   for (uint32_t row = threadIdx.x; row < m.n; row += blockDim.x) m.keep[row] = 0;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void pick(const Medoids& m, const FindCosts& find_cos
 
 }  // namespace medoids_detail
 
-static_assert(kMedoidRowsHeld <= 32 * 32, "`taken` has 32 bits");
+static_assert(kernels::kMedoidRowsMax <= 32 * 32, "`taken` has 32 bits");
 static_assert(kMedoidCentresTogether <= 32, "a thread for each of the picks in order");
 
 // All threads of the block. Requires: keys and weights are written and seen.

@@ -7,6 +7,7 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rank_adaptive.cuh"
 #include "kernels/cuda/rank_apply.cuh"
+#include "kernels/cuda/rank_medoids.cuh"
 #include "kernels/cuda/rank_prefix.cuh"
 #include "kernels/cuda/rank_shared.cuh"
 #include "kernels/cuda/rank_signals.cuh"
@@ -30,7 +31,7 @@ struct RankParams {
 template <int kDim>
 __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
   const RankBudget budget = budget_of(item, rule, item.lane(0));
-  if (!budget.due) return true;
+  if (!budget.due || !has_medoid_room<kDim>(item, rule)) return true;
   const RankRows& rows = item.rows;
   uint32_t n = 0;
   for (uint32_t head = 0; head < item.heads; ++head) {
@@ -51,7 +52,11 @@ __device__ bool run_rule(const RankItem& item, const RankRule& rule) {
   protect_rows(item, rule, budget.limit, n);
   const uint32_t free =
       rank_detail::count_rows(*item.shared, n, [&](uint32_t i) { return rows.fixed[i] == 0; });
-  choose(item, rule, item.lane(0), budget.limit, n, free);
+  if (rule.select == RankSelect::kMedoids) {
+    keep_medoids<kDim>(item, rule, free - min(free, budget.limit.surplus()), n, free);
+  } else {
+    choose(item, rule, item.lane(0), budget.limit, n, free);
+  }
   for (uint32_t head = 0; head < item.heads; ++head) {
     const LaneView lane = item.lane(head);
     if (item.heads > 1 && gather_lane(item, lane) != n) return true;
@@ -145,16 +150,12 @@ __device__ inline RankItem short_item(const BatchView& view, DeviceSequence* seq
   return {&view, sequence, index, heads, rank_rows(dynamic_shared(), room), shared, tails, tiles};
 }
 
-[[nodiscard]] __device__ __forceinline__ RankMemory memory_of(const BatchView& view) {
-  return view.rank_memory == nullptr ? RankMemory{} : *view.rank_memory;
-}
-
 // Lanes with their rows in the block's part of RankMemory. Without one they have room for none.
 __device__ inline RankItem long_item(const BatchView& view, DeviceSequence* sequence,
                                      uint32_t index, uint32_t heads, RankShared* shared) {
   const RankMemory memory = memory_of(view);
   const uint32_t room = memory.room;
-  unsigned char* const region = memory.rows + blockIdx.x * rank_region_bytes(room);
+  unsigned char* const region = region_of(memory);
   RankRows rows = rank_rows(region, room);
   rows.map = reinterpret_cast<uint32_t*>(dynamic_shared());
   rows.map_words = kRankRowsMax * kRankRowBytes / sizeof(uint32_t);

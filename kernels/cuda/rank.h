@@ -5,8 +5,9 @@
 // decide kernel of the refresh makes a bit map of the rows that have any, and a block takes an item
 // of such a row: a lane, or all kv heads of a layer where they are decided together. It reads the
 // live tokens of the lane into shared memory, or where it has no room for them, into the block's
-// part of RankMemory (rank_rows.cuh), gives each a number, chooses (rank_choose.cuh), and drops or
-// recodes (rank_apply.cuh), rule after rule. Two launches, the same whatever is due: one for lanes
+// part of RankMemory (rank_rows.cuh), gives each a number, chooses (rank_choose.cuh;
+// rank_medoids.cuh by keys, which lie in RankMemory too), and drops or recodes (rank_apply.cuh),
+// rule after rule. Two launches, the same whatever is due: one for lanes
 // of few tokens, of which several run on a multiprocessor at a time, and one for all others. The
 // kernels take pages and never give any: what rules empty is put aside (lane_write.cuh) and given
 // at the step's end.
@@ -16,6 +17,7 @@
 
 #include "kernels/cuda/device_format.h"
 #include "kernels/cuda/sequence.h"
+#include "kernels/kernels.h"
 
 namespace thinkv::cuda {
 
@@ -29,6 +31,11 @@ inline constexpr uint32_t kSharedHeadsMax = 64;  // kv heads that may compete
 // A row in RankMemory, max_drop's number included, and the most rows there.
 inline constexpr uint32_t kRankLongRowBytes = kRankRowBytes + sizeof(float);
 inline constexpr uint32_t kRankRowBits = 24;
+// Beside keys and centres of a run of medoids. Scratch holds the costs of 16 centres, one for each
+// warp that picks.
+inline constexpr uint32_t kRankMedoidRowBytes = sizeof(float) + sizeof(uint16_t) + sizeof(uint8_t);
+inline constexpr uint32_t kRankMedoidScratchBytes =
+    kernels::kMedoidRowsMax * 16 * sizeof(float) + 128;
 static_assert(kRankRowsMax * kRankRowBytes <= 150 * 1024, "163 KiB of an A100 less what is static");
 static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at 16 bytes");
 
@@ -60,12 +67,31 @@ static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at
   }
   return any;
 }
+[[nodiscard]] constexpr bool selects_medoids(const PolicyParams& policy) {
+  bool any = false;
+  for (uint32_t i = 0; i < policy.rule_count && i < kRulesMax; ++i) {
+    any = any || policy.rules[i].select == RankSelect::kMedoids;
+  }
+  return any;
+}
 // Only the kernel for most tokens has room for the policy's working memory.
 [[nodiscard]] constexpr bool needs_most_room(const PolicyParams& policy) {
-  return compares_keys(policy) || drops_prefix(policy);
+  return compares_keys(policy) || drops_prefix(policy) || selects_medoids(policy);
 }
-[[nodiscard]] constexpr uint64_t rank_region_bytes(uint32_t room) {
-  return uint64_t{room} * kRankLongRowBytes;
+// Of the keys that the policy's medoids are chosen by; 0: no rule chooses so.
+[[nodiscard]] constexpr uint32_t rank_medoid_dims(const ModelGeometry& geometry,
+                                                  const PolicyParams& policy) {
+  if (!selects_medoids(policy)) return 0;
+  return geometry.head_dim * (policy.grain == SelectGrain::kLayer ? geometry.kv_heads : 1u);
+}
+// Of a run of medoids: keys and centres, and a weight, a cluster and a mark a row.
+[[nodiscard]] constexpr uint64_t rank_medoid_bytes(uint32_t dims) {
+  const uint64_t row = 2 * uint64_t{dims} * sizeof(float) + kRankMedoidRowBytes;
+  return dims == 0 ? 0 : kernels::kMedoidRowsMax * row + kRankMedoidScratchBytes;
+}
+// Of a block's part of RankMemory: rows, and behind them what medoids need.
+[[nodiscard]] constexpr uint64_t rank_region_bytes(uint32_t room, uint32_t dims) {
+  return uint64_t{room} * kRankLongRowBytes + rank_medoid_bytes(dims);
 }
 // Rows of a lane that there is room for in a block are fewer than this.
 [[nodiscard]] constexpr uint32_t rank_rows_max(const PolicyParams& policy, uint32_t head_dim) {
@@ -89,9 +115,6 @@ static_assert(kRankRowsFew % 16 == 0 && kRankRowsMax % 16 == 0, "arrays begin at
   if (rules != 0 && moment.generated % (2 * kBufferPageSlots) == 0) plan |= kRankFlushesFirst;
   return plan;
 }
-
-// What of a rank policy does not run on the device yet, or null.
-[[nodiscard]] const char* rank_unsupported(const PolicyParams& policy);
 
 // The rules that fire at the end of the step in progress. Requires: launch_refresh() before it in
 // the same stream.

@@ -50,6 +50,14 @@ struct RankRows {
           .map_words = room};
 }
 
+[[nodiscard]] __device__ __forceinline__ RankMemory memory_of(const BatchView& view) {
+  return view.rank_memory == nullptr ? RankMemory{} : *view.rank_memory;
+}
+// The block's part of it.
+[[nodiscard]] __device__ __forceinline__ unsigned char* region_of(const RankMemory& memory) {
+  return memory.rows + blockIdx.x * rank_region_bytes(memory.room, memory.dims);
+}
+
 // Tokens that go to another format at a time.
 inline constexpr uint32_t kRankRecodeMax = 256;
 struct RankRecode {

@@ -134,6 +134,7 @@ template <int kDim>
           .cluster_of = space.cluster_of,
           .keep = work.rows.keep,
           .scratch = space.scratch,
+          .scratch_bytes = kMedoidScratchBytes,
           .n = n,
           .stride = 0,
           .target = target,

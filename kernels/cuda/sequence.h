@@ -21,6 +21,7 @@
 // it. Threads: any; one stream at a time for all work on one Lease.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/attention.h"
@@ -52,7 +53,7 @@ enum LeaseFault : uint32_t {
   kLeaseFull = 2,    // a page came back and there was no room: it is lost until the close
   kListFull = 4,     // the page list of a layer was too small: attention missed pages
   kBadMetadata = 8,  // a page id or count in a sequence's metadata was out of bounds
-  kRowsFull = 16,    // a lane held more tokens than rank rules take: they left it as it was
+  kRowsFull = 16,    // rank rules had no memory for the tokens or keys of a lane: it is as it was
 };
 
 // What the end of a step tells the host, in host memory that the device maps; written by one kernel
@@ -76,11 +77,13 @@ struct TokenSite {
   static constexpr uint64_t kTokens = 15;
 };
 
-// Working memory of rank rules for lanes that have no room in a block, in device memory: the host
-// changes it between launches, so what was captured in a graph finds the newest.
+// Working memory of rank rules that has no room in a block: the rows of long lanes, and keys that
+// medoids are chosen by. In device memory: the host changes it between launches, so what was
+// captured in a graph finds the newest.
 struct RankMemory {
-  unsigned char* rows;  // [blocks, rank_region_bytes(room)] (rank.h)
+  unsigned char* rows;  // [blocks, rank_region_bytes(room, dims)] (rank.h)
   uint32_t room;        // tokens of a lane
+  uint32_t dims;        // of a key; 0: no room for any
   uint32_t blocks;      // 0: there is no memory
 };
 
@@ -159,17 +162,26 @@ struct StepSequence {
 [[nodiscard]] uint32_t classes_max(const ModelGeometry& geometry);
 // Errors: kUnsupported with what is too large for the device (lanes, medoid rows, ...).
 [[nodiscard]] Status supported(const ModelGeometry& geometry, const PolicyParams& policy);
-// Tokens of a lane that RankMemory has to have room for before the policy's rules see a lane of
-// `pages` pages and `tokens` tokens; 0: a block has room.
-[[nodiscard]] uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
-                                          uint32_t pages, uint64_t tokens);
-// What RankMemory is made of for lanes of so many tokens: the more blocks the faster.
+// What RankMemory has to have room for.
+struct RankNeed {
+  uint64_t tokens = 0;  // of a lane; 0: a block has room for them
+  uint32_t dims = 0;    // of keys that medoids are chosen by; 0: none are
+  [[nodiscard]] constexpr bool operator==(const RankNeed&) const = default;
+  [[nodiscard]] constexpr RankNeed and_of(const RankNeed& other) const {
+    return {std::max(tokens, other.tokens), std::max(dims, other.dims)};
+  }
+};
+// That of the policy's rules before they see a lane of `pages` pages and `tokens` tokens.
+[[nodiscard]] RankNeed rank_need(const ModelGeometry& geometry, const PolicyParams& policy,
+                                 uint32_t pages, uint64_t tokens);
+// What RankMemory is made of for it: the more blocks the faster.
 struct RankMemoryShape {
   uint32_t room;
+  uint32_t dims;
   uint32_t blocks;
   uint64_t bytes;
 };
-[[nodiscard]] RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors);
+[[nodiscard]] RankMemoryShape rank_memory_shape(const RankNeed& need, uint32_t multiprocessors);
 // Pages that one lane's table can hold, or fewer where rules compare all keys with each other.
 [[nodiscard]] uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& policy);
 

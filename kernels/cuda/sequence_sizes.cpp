@@ -227,42 +227,23 @@ uint32_t lane_pages_limit(const ModelGeometry& geometry, const PolicyParams& pol
   return std::min(held, (rows - 1) / slots);
 }
 
-uint64_t rank_memory_tokens(const ModelGeometry& geometry, const PolicyParams& policy,
-                            uint32_t pages, uint64_t tokens) {
-  if (!ranks_rows(policy) || compares_keys(policy)) return 0;
+RankNeed rank_need(const ModelGeometry& geometry, const PolicyParams& policy, uint32_t pages,
+                   uint64_t tokens) {
+  if (!ranks_rows(policy)) return {};
+  RankNeed need{.tokens = 0, .dims = rank_medoid_dims(geometry, policy)};
+  if (compares_keys(policy)) return need;
   const uint64_t live =
       std::min(tokens, uint64_t{pages} * most_slots(geometry, policy) + kBufferTokens);
-  return live < rank_rows_max(policy, geometry.head_dim) ? 0 : live;
+  if (live >= rank_rows_max(policy, geometry.head_dim)) need.tokens = live;
+  return need;
 }
 
-RankMemoryShape rank_memory_shape(uint64_t tokens, uint32_t multiprocessors) {
+RankMemoryShape rank_memory_shape(const RankNeed& need, uint32_t multiprocessors) {
   constexpr uint64_t kStep = 8192, kBytesMax = 256ull << 20;
-  const uint64_t room = std::min((tokens / kStep + 1) * kStep, uint64_t{1} << kRankRowBits);
-  const uint64_t each = rank_region_bytes(static_cast<uint32_t>(room));
+  const uint64_t room = std::min((need.tokens / kStep + 1) * kStep, uint64_t{1} << kRankRowBits);
+  const uint64_t each = rank_region_bytes(static_cast<uint32_t>(room), need.dims);
   const uint64_t blocks = std::clamp<uint64_t>(kBytesMax / each, 1, std::max(multiprocessors, 1u));
-  return {static_cast<uint32_t>(room), static_cast<uint32_t>(blocks), blocks * each};
-}
-
-const char* rank_unsupported(const PolicyParams& policy) {
-  for (uint32_t i = 0; i < policy.rule_count; ++i) {
-    const RankRule& rule = policy.rules[i];
-    switch (rule.budget) {
-      case BudgetRule::kFixed:
-      case BudgetRule::kPyramid:
-      case BudgetRule::kBytes:
-      case BudgetRule::kShared:
-      case BudgetRule::kSplit:
-      case BudgetRule::kMaxDrop:
-      case BudgetRule::kThreshold:
-      case BudgetRule::kFirstFit:
-      case BudgetRule::kGroups:
-        break;
-    }
-    if (rule.select == RankSelect::kMedoids) {
-      return "select.rule: medoids runs on the host backend only so far";
-    }
-  }
-  return nullptr;
+  return {static_cast<uint32_t>(room), need.dims, static_cast<uint32_t>(blocks), blocks * each};
 }
 
 uint32_t class_pages(const ModelGeometry& geometry, uint32_t end) {
@@ -281,9 +262,6 @@ Status supported(const ModelGeometry& geometry, const PolicyParams& policy) {
     return make_error(kInvalidArgument, "the policy's parameters contradict each other");
   }
   if (policy.evict == EvictRule::kRank) {
-    if (const char* const reason = rank_unsupported(policy)) {
-      return make_error(kUnsupported, reason);
-    }
     for (uint32_t i = 0; i < policy.rule_count; ++i) {
       const BudgetRule budget = policy.rules[i].budget;
       if (geometry.kv_heads <= kSharedHeadsMax) break;

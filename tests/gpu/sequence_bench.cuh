@@ -73,12 +73,13 @@ inline PolicyParams bench_policy(bool scored) {
   return policy;
 }
 
-// Room for lanes beyond a block.
-inline void make_rank_memory(Bench& b, uint64_t tokens) {
+// Room for lanes beyond a block, and for keys.
+inline void make_rank_memory(Bench& b, const cuda::RankNeed& need) {
   uint32_t multiprocessors = 0;
   THINKV_CHECK(cuda::count_multiprocessors(multiprocessors) == cudaSuccess);
-  const cuda::RankMemoryShape shape = cuda::rank_memory_shape(tokens, multiprocessors);
-  const cuda::RankMemory memory{device_array<unsigned char>(shape.bytes), shape.room, shape.blocks};
+  const cuda::RankMemoryShape shape = cuda::rank_memory_shape(need, multiprocessors);
+  const cuda::RankMemory memory{device_array<unsigned char>(shape.bytes), shape.room, shape.dims,
+                                shape.blocks};
   auto* on_device = device_array<cuda::RankMemory>(1);
   THINKV_CHECK(cudaMemcpy(on_device, &memory, sizeof memory, cudaMemcpyDefault) == cudaSuccess);
   b.view.rank_memory = on_device;
@@ -200,7 +201,7 @@ inline void bench_rank(uint32_t capacity, uint32_t layers, uint32_t tokens) {
   const uint32_t of_rules =
       cuda::step_pages(g, *policy, {tokens, kWindow - 1, held + kWindow / 8, kBudget});
   Bench b = make_bench(g, capacity, tokens, *policy, of_rules + 16 * g.lanes());
-  make_rank_memory(b, tokens + kSteps);
+  make_rank_memory(b, {.tokens = tokens + kSteps});
   const auto must = [](cudaError_t error) { THINKV_CHECK(error == cudaSuccess); };
   for (const uint32_t root : b.roots) {
     must(cuda::launch_open(b.view, root, b.policy, kBudget, false, b.stream));

@@ -139,6 +139,14 @@ int check_rank() {
     judge(std::string(name) + ", a long prompt",
           testing::run_long_prompt(*policy, cuda::kRankRowsMax + 200, 128));
   }
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    for (const uint32_t dim : kHeadDims) {
+      judge(kind.name() + ", head_dim " + std::to_string(dim),
+            testing::run_rank_policy(testing::medoid_policy(kind, 64), dim, tally));
+    }
+    judge(kind.name() + ", a long prompt",
+          testing::run_long_prompt(testing::medoid_policy(kind, 900), cuda::kRankRowsMax + 200));
+  }
   const uint64_t seed = testing::seed_from_environment(20251129);
   for (uint64_t i = 0; i < 100; ++i) {
     judge("seed " + std::to_string(seed + i), testing::run_drawn_rules(seed + i, tally));

@@ -74,6 +74,7 @@ class DevicePool {
     uint32_t list_pages = 4096;  // BatchView::pages_max
     uint64_t seed = 1;           // order in which pages are handed out
     uint32_t rank_tokens = 0;    // of the longest lane that rank rules see
+    uint32_t rank_dims = 0;      // of keys that they choose medoids by
     uint32_t tier_rows = 0;      // of a lane's tier; 0: no sequence has one
     uint32_t tier_fetch = 0;     // of them, that a step fetches
     bool streams = false;        // BatchView::stream_pages is there
@@ -95,7 +96,7 @@ class DevicePool {
         pages_(uint64_t{o.geometry.layers} * o.list_pages),
         score_rows_(uint64_t{o.geometry.layers} * o.list_pages),
         sparsity_(uint64_t{o.geometry.layers} * rows()),
-        rank_rows_(cuda::rank_memory_shape(o.rank_tokens, kRankBlocks).bytes),
+        rank_rows_(cuda::rank_memory_shape({o.rank_tokens, o.rank_dims}, kRankBlocks).bytes),
         rank_memory_(1),
         working_pages_(uint64_t{rows()} * working_lane_pages() * page_bytes_),
         scores_(uint64_t{cuda::tier_regions(o.capacity, o.geometry.kv_heads)} * o.tier_rows),
@@ -112,8 +113,9 @@ class DevicePool {
                  .used_total = 0,
                  .pages = lease_pages_.data()};
     progress_[0] = {};
-    const cuda::RankMemoryShape shape = cuda::rank_memory_shape(o.rank_tokens, kRankBlocks);
-    rank_memory_[0] = {rank_rows_.data(), shape.room, shape.blocks};
+    const cuda::RankMemoryShape shape =
+        cuda::rank_memory_shape({o.rank_tokens, o.rank_dims}, kRankBlocks);
+    rank_memory_[0] = {rank_rows_.data(), shape.room, shape.dims, shape.blocks};
     working_[0] = {working_pages_.data(), working_lane_pages(), 0};
     tier_memory_[0] = {scores_.data(), picks_.data(), o.tier_rows, o.tier_fetch};
     for (uint32_t row = 0; row < o.capacity; ++row) tiers_[row] = nullptr;

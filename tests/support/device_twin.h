@@ -81,6 +81,7 @@ class TwinBatch {
     uint32_t extent_pages = 512;
     uint64_t seed = 1;
     uint32_t rank_tokens = 0;   // of the longest lane that rank rules see
+    uint32_t rank_dims = 0;     // of keys that they choose medoids by
     bool plant_scores = false;  // what attention would have added, on both sides
     bool wild = false;          // vectors of zeros, outliers, tiny and huge numbers, NaN
     uint32_t tier_rows = 0;     // as DevicePool's; not 0: every step attends, and is compared
@@ -97,6 +98,7 @@ class TwinBatch {
                .list_pages = 3 * o.extent_pages,
                .seed = o.seed,
                .rank_tokens = o.rank_tokens,
+               .rank_dims = o.rank_dims,
                .tier_rows = o.tier_rows,
                .tier_fetch = o.tier_fetch,
                .streams = o.streams}),

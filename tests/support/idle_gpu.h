@@ -22,10 +22,11 @@ namespace thinkv::client {
 // The GPU that the kernels below pretend to be.
 struct World {
   cuda::Progress* progress = nullptr;
-  uint64_t steps = 0;          // launched
-  uint32_t lane_pages = 3;     // of its longest lane, whatever the host's bound says
-  uint32_t table_pages = 100;  // that a lane's table holds
-  uint64_t rank_tokens = 0;    // of lanes that rank rules see
+  uint64_t steps = 0;                      // launched
+  uint32_t lane_pages = 3;                 // of its longest lane, whatever the host's bound says
+  uint32_t table_pages = 100;              // that a lane's table holds
+  cuda::RankNeed rank_need;                // of every lane that rank rules see
+  std::vector<cuda::RankNeed> rank_needs;  // that memory was made for
   uint32_t waits = 0;
   uint32_t centred_lses = 0;
   uint32_t queries = 0;      // of a layer, as last given
@@ -139,11 +140,13 @@ inline const KernelTable kIdleKernels = {
     .step_pages = [](const ModelGeometry&, const PolicyParams&,
                      const cuda::StepSequence&) { return 1u; },
     .recode_pages = [](const ModelGeometry&, const PolicyParams&, uint32_t, Format) { return 0u; },
-    .rank_memory_tokens = [](const ModelGeometry&, const PolicyParams&, uint32_t,
-                             uint64_t) { return world.rank_tokens; },
+    .rank_need = [](const ModelGeometry&, const PolicyParams&, uint32_t,
+                    uint64_t) { return world.rank_need; },
     .rank_memory_shape =
-        [](uint64_t tokens, uint32_t) {
-          return cuda::RankMemoryShape{static_cast<uint32_t>(tokens), 1, 26 * tokens};
+        [](const cuda::RankNeed& need, uint32_t) {
+          world.rank_needs.push_back(need);
+          return cuda::RankMemoryShape{static_cast<uint32_t>(need.tokens + 1), need.dims, 1,
+                                       26 * need.tokens + 1};
         },
     .supported = [](const ModelGeometry&, const PolicyParams&) { return Status(); },
     .lane_pages_limit = [](const ModelGeometry&, const PolicyParams&) { return world.table_pages; },

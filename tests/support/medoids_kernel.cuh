@@ -62,6 +62,7 @@ static __global__ void __launch_bounds__(cuda::kMedoidThreads, 1)
                   .cluster_of = cluster_of,
                   .keep = keep,
                   .scratch = scratch,
+                  .scratch_bytes = kMedoidScratchBytes,
                   .n = c.n,
                   .stride = stride,
                   .target = c.target,

@@ -93,9 +93,11 @@ inline std::vector<uint8_t> drawn_classes(TwinBatch& batch, uint32_t count) {
 // One sequence with a prompt above the budget, and one that comes without a prompt.
 inline std::string run_rank_policy(const PolicyParams& policy, uint32_t dim, RankTally& tally,
                                    const RankHints& hints = {}) {
-  TwinBatch batch({.geometry = {.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = dim},
+  const ModelGeometry geometry{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = dim};
+  TwinBatch batch({.geometry = geometry,
                    .capacity = 3,
                    .extent_pages = 1024,
+                   .rank_dims = cuda::rank_medoid_dims(geometry, policy),
                    .plant_scores = true});
   batch.open(2, policy);
   if (hints.classes) batch.classes(2, 0, drawn_classes(batch, 150));
@@ -166,10 +168,12 @@ inline std::string run_block_policy(const PolicyParams& policy, ModelGeometry ge
 // wait for the first steps have fired.
 inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, uint32_t dim = 64,
                                    uint32_t layers = 1, uint32_t queries = 0) {
-  TwinBatch batch({.geometry = {.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = dim},
+  const ModelGeometry geometry{.layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim = dim};
+  TwinBatch batch({.geometry = geometry,
                    .capacity = 1,
                    .extent_pages = 1024 * layers + tokens / 8,
                    .rank_tokens = tokens + 128,
+                   .rank_dims = cuda::rank_medoid_dims(geometry, policy),
                    .plant_scores = true});
   batch.open(0, policy);
   batch.prefill(0, tokens, queries);
@@ -181,6 +185,44 @@ inline std::string run_long_prompt(const PolicyParams& policy, uint32_t tokens, 
   if (wrong.empty() && stats.evicted_slots + stats.recoded_slots == 0)
     wrong = "the rules did nothing";
   return wrong;
+}
+
+// Rules by k-means on keys.
+struct MedoidKind {
+  SelectGrain grain;
+  float attention = 0.0f;  // not 0: the keys are weighted
+  RankAction action = RankAction::kEvict;
+  [[nodiscard]] std::string name() const {
+    return std::string("medoids ") + (grain == SelectGrain::kLayer ? "by layer" : "by head") +
+           (attention != 0.0f ? ", weighted" : "") +
+           (action == RankAction::kRecode ? ", recoded" : "");
+  }
+};
+inline constexpr MedoidKind kMedoidKinds[] = {{SelectGrain::kKvHead, 0.0f, RankAction::kEvict},
+                                              {SelectGrain::kKvHead, 1.0f, RankAction::kRecode},
+                                              {SelectGrain::kLayer, 0.0f, RankAction::kRecode},
+                                              {SelectGrain::kLayer, 1.0f, RankAction::kEvict}};
+
+// They fire at the prompt's end, where none waits for attention, and at every 32nd token.
+inline PolicyParams medoid_policy(const MedoidKind& kind, uint32_t budget) {
+  PolicyParams p = plain_policy(Format::kK8V4);
+  p.evict = EvictRule::kRank;
+  p.grain = kind.grain;
+  p.budget_tokens = budget;
+  p.score_kind = ScoreKind::kWindow;
+  p.score_window = 8;
+  p.rule_count = 1;
+  RankRule& rule = p.rules[0];
+  rule.at_prompt_end = 1;
+  rule.every = 32;
+  rule.select = RankSelect::kMedoids;
+  rule.attention = kind.attention;
+  rule.position = 1.0f;  // without attention nothing reads it
+  rule.action = kind.action;
+  rule.recode_format = Format::kK4V4;
+  rule.sinks = 4;
+  rule.recent = 16;
+  return p;
 }
 
 // Budgets by groups where heads differ: of prompts shorter and longer than what the entropy looks
@@ -209,19 +251,16 @@ inline Format any_format(TwinBatch& batch) {
 }
 
 inline PolicyParams draw_rank_policy(TwinBatch& batch, bool blocks) {
-  PolicyParams p;
-  do {
-    p = PolicyParams{};
-    std::snprintf(p.name, sizeof p.name, "%s", "random");
-    p.prompt_format = any_format(batch);
-    p.sink_format = any_format(batch);
-    for (Format& f : p.thought_format) f = any_format(batch);
-    p.rotate = static_cast<uint8_t>(batch.below(2));
-    p.sink_tokens = batch.below(3) * batch.below(12);
-    p.score_decay = batch.below(4) == 0 ? 1.0f : 0.9f;
-    p.centre = blocks ? 0 : static_cast<uint8_t>(batch.below(2));
-    draw_rules(p, batch.random(), blocks);
-  } while (cuda::rank_unsupported(p) != nullptr);
+  PolicyParams p{};
+  std::snprintf(p.name, sizeof p.name, "%s", "random");
+  p.prompt_format = any_format(batch);
+  p.sink_format = any_format(batch);
+  for (Format& f : p.thought_format) f = any_format(batch);
+  p.rotate = static_cast<uint8_t>(batch.below(2));
+  p.sink_tokens = batch.below(3) * batch.below(12);
+  p.score_decay = batch.below(4) == 0 ? 1.0f : 0.9f;
+  p.centre = blocks ? 0 : static_cast<uint8_t>(batch.below(2));
+  draw_rules(p, batch.random(), blocks);
   return p;
 }
 
@@ -230,15 +269,17 @@ inline PolicyParams draw_rank_policy(TwinBatch& batch, bool blocks) {
 inline std::string run_drawn_rules(uint64_t seed, RankTally& tally, bool blocks = false) {
   const uint32_t dim = kHeadDims[seed % 10 == 0 ? 2 : seed % 4 == 0 ? 1 : 0];
   const ValueType type = blocks && seed % 7 < 3 ? ValueType::kBf16 : ValueType::kFp16;
+  const auto kv_heads = 1 + static_cast<uint32_t>(seed % 4);
   TwinBatch batch({.geometry = {.layers = blocks ? 3u : 2u,
                                 .q_heads = 12,
-                                .kv_heads = 1 + static_cast<uint32_t>(seed % 4),
+                                .kv_heads = kv_heads,
                                 .head_dim = dim,
                                 .value_type = type},
                    .element = static_cast<cuda::Element>(seed / 3 % 3),
                    .capacity = 2,
                    .extent_pages = 1024,
                    .seed = seed,
+                   .rank_dims = kv_heads * dim,
                    .plant_scores = true});
   batch.open(1, draw_rank_policy(batch, blocks));
   if (batch.below(4) == 0)

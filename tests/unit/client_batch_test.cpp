@@ -96,17 +96,28 @@ TEST_F(ReserveBehind, BlocksAreRefusedByStepsThatWereLaunchedWithoutThem) {
 
 TEST_F(ReserveBehind, LanesBeyondABlockGetTheirMemoryBeforeTheyAreRanked) {
   open(0);
-  world.rank_tokens = 10000;
+  world.rank_need.tokens = 10000;
   EXPECT_TRUE(batch_->reserve(1));
   const uint32_t waits = world.waits;
   EXPECT_TRUE(batch_->reserve(1)) << "it is there";
   EXPECT_EQ(world.waits, waits);
-  world.rank_tokens = uint64_t{1} << 50;
+  world.rank_need.tokens = uint64_t{1} << 50;
   const Status refused = batch_->reserve(1);
   ASSERT_FALSE(refused);
-  EXPECT_NE(std::string(refused.error().what).find(std::to_string(26 * world.rank_tokens)),
+  EXPECT_NE(std::string(refused.error().what).find(std::to_string(26 * world.rank_need.tokens + 1)),
             std::string::npos)
       << "says how much was asked for: " << refused.error().what;
+}
+
+// Sequences share the memory, so a new need keeps the room that others rely on.
+TEST_F(ReserveBehind, MemoryOfRankRulesGrowsToAllThatIsNeeded) {
+  open(0);
+  using Need = cuda::RankNeed;
+  for (const Need need : {Need{0, 128}, Need{10000, 0}, Need{500, 64}, Need{0, 0}, Need{9, 256}}) {
+    world.rank_need = need;
+    EXPECT_TRUE(batch_->reserve(1));
+  }
+  EXPECT_EQ(world.rank_needs, (std::vector<Need>{{0, 128}, {10000, 128}, {10000, 256}}));
 }
 
 // ---- what the engine tells about a prompt ----

@@ -19,7 +19,6 @@ class CudaRank : public ::testing::TestWithParam<const char*> {};
 TEST_P(CudaRank, AgreesWithTheHost) {
   const auto policy = testing::shipped_params(GetParam(), 64);
   ASSERT_TRUE(policy.has_value());
-  ASSERT_EQ(rank_unsupported(*policy), nullptr);
   RankTally tally;
   EXPECT_EQ(testing::run_rank_policy(*policy, 64, tally), "");
   if (policy->rule_count == 0) return;
@@ -62,7 +61,7 @@ TEST(CudaRankLong, PromptsBeyondABlockAgreeWithTheHost) {
     policy->score_window = std::min<uint16_t>(policy->score_window, 16);
     const uint32_t tokens = kRankRowsMax + 200;
     const ModelGeometry g{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 128};
-    ASSERT_GT(rank_memory_tokens(g, *policy, 4096, tokens), 0u);
+    ASSERT_EQ(rank_need(g, *policy, 4096, tokens), (RankNeed{tokens, 0}));
     EXPECT_EQ(testing::run_long_prompt(*policy, tokens, 128), "") << name;
   }
 }
@@ -100,7 +99,7 @@ TEST(CudaRankLong, LanesWhoseKeysNoBlockComparesAreRefusedByTheirPages) {
   const ModelGeometry g{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 256};
   const uint32_t slots = page_layout(Format::kF16, 256).slots;
   EXPECT_EQ(lane_pages_limit(g, *policy), (rank_rows_max(*policy, 256) - 1) / slots);
-  EXPECT_EQ(rank_memory_tokens(g, *policy, 1u << 20, 1u << 20), 0u) << "no memory helps";
+  EXPECT_EQ(rank_need(g, *policy, 1u << 20, 1u << 20), RankNeed{}) << "no memory helps";
   const auto other = testing::shipped_params("thinkv", 64);
   ASSERT_TRUE(other.has_value());
   const ModelGeometry usual{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
@@ -129,6 +128,102 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
   PolicyParams p = *policy;
   for (RankRule& rule : p.rules) rule.attention = 0.0f, rule.position = 1.0f, rule.value_norm = 0;
   EXPECT_LE(prefill_end_pages(g, p, 1024, {32768}), 2 * g.lanes() * up(1024, slots));
+}
+
+TEST(CudaRankMedoids, RulesAgreeWithTheHost) {
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    const PolicyParams policy = testing::medoid_policy(kind, 64);
+    ASSERT_TRUE(policy_params_valid(policy));
+    for (const uint32_t queries : {0u, 40u}) {
+      if (queries != 0 && kind.attention == 0.0f) continue;  // no rule reads them
+      RankTally tally;
+      const uint32_t dim = queries == 0 ? 64 : 128;
+      EXPECT_EQ(testing::run_rank_policy(policy, dim, tally, {.queries = queries}), "")
+          << kind.name();
+      EXPECT_GT(tally.evicted + tally.recoded, testing::kEvictedByHand + 300) << kind.name();
+    }
+  }
+}
+
+// More rows than the k-means takes, of which no run has a whole number of the places.
+TEST(CudaRankMedoids, RunsOfManyRowsAgreeWithTheHost) {
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    const PolicyParams policy = testing::medoid_policy(kind, 150);
+    EXPECT_EQ(testing::run_long_prompt(policy, 2 * kernels::kMedoidRowsMax + 101), "")
+        << kind.name();
+  }
+}
+
+TEST(CudaRankMedoids, LanesBeyondABlockAgreeWithTheHost) {
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    if (kind.attention == 0.0f) continue;
+    const PolicyParams policy = testing::medoid_policy(kind, 60);
+    EXPECT_EQ(testing::run_long_prompt(policy, kRankRowsMax + 200), "") << kind.name();
+  }
+}
+
+// Fewer places than runs: some keep nothing. And places for all that may go but one.
+TEST(CudaRankMedoids, BudgetsAtBothEndsAgreeWithTheHost) {
+  constexpr uint32_t kTokens = kernels::kMedoidRowsMax + 76;
+  for (const uint32_t budget : {20u, 21u, kTokens - 1}) {
+    const PolicyParams policy = testing::medoid_policy({SelectGrain::kKvHead}, budget);
+    EXPECT_EQ(testing::run_long_prompt(policy, kTokens), "") << budget;
+  }
+}
+
+// Nor are weights, where the norms of such values are among them.
+TEST(CudaRankMedoids, KeysThatAreNotNumbersAgreeWithTheHost) {
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    PolicyParams policy = testing::medoid_policy(kind, 80);
+    policy.rotate = 0;  // machines differ in the NaN that a sum of two NaN is
+    policy.prompt_format = Format::kF16;
+    policy.rules[0].value_norm = kind.attention != 0.0f ? 1 : 0;
+    const ModelGeometry geometry = testing::geometry_of(2, 2, 64);
+    testing::TwinBatch batch({.geometry = geometry,
+                              .rank_dims = rank_medoid_dims(geometry, policy),
+                              .plant_scores = true,
+                              .wild = true});
+    batch.open(0, policy);
+    batch.prefill(0, 200);
+    EXPECT_EQ(testing::compared(batch, "the prompt"), "") << kind.name();
+    EXPECT_EQ(testing::compared_steps(batch, 33), "") << kind.name();
+    const kernels::SequenceStats stats = batch.twin(0)->host->stats();
+    EXPECT_GT(stats.evicted_slots + stats.recoded_slots, 4 * 100u) << kind.name();
+  }
+}
+
+// Room for the keys of one head is none for those of a layer.
+TEST(CudaRankMedoids, WithoutMemoryNothingIsDecidedAndThatIsSaid) {
+  const PolicyParams policy = testing::medoid_policy({SelectGrain::kLayer}, 48);
+  for (const uint32_t dims : {0u, 64u}) {
+    testing::TwinBatch batch({.geometry = testing::geometry_of(1, 2, 64), .rank_dims = dims});
+    batch.open(0, policy);
+    batch.prefill(0, 120);
+    EXPECT_EQ(batch.pool().lease().faults, kRowsFull);
+    const testing::DeviceReader reader(batch.pool(), batch.twin(0)->root);
+    for (uint32_t lane = 0; lane < 2; ++lane) {
+      EXPECT_EQ(reader.lane(lane).live + reader.lane(lane).buffer_count, 120u) << "as it was";
+    }
+  }
+}
+
+TEST(CudaRankMedoids, MemoryIsAskedForByThePolicysDims) {
+  const ModelGeometry g{.layers = 32, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
+  const PolicyParams head = testing::medoid_policy({SelectGrain::kKvHead}, 1024);
+  PolicyParams layer = testing::medoid_policy({SelectGrain::kLayer}, 1024);
+  EXPECT_TRUE(supported(g, head).has_value());
+  EXPECT_EQ(rank_need(g, head, 100, 1000), (RankNeed{0, 128}));
+  EXPECT_EQ(rank_need(g, layer, 1000, 9000), (RankNeed{9000, 1024}));
+  layer.rules[0].similarity = -1.0f;
+  EXPECT_EQ(rank_need(g, layer, 1000, 9000), (RankNeed{0, 1024})) << "rows never leave the block";
+  for (const uint32_t dims : {128u, 1024u, 16384u}) {
+    const RankMemoryShape shape = rank_memory_shape({9000, dims}, 132);
+    EXPECT_EQ(shape.dims, dims);
+    EXPECT_EQ(shape.bytes, shape.blocks * rank_region_bytes(shape.room, dims));
+    EXPECT_GE(rank_region_bytes(shape.room, dims), 2ull * kernels::kMedoidRowsMax * dims * 4);
+    EXPECT_LE(shape.bytes, 256u << 20);
+  }
+  EXPECT_EQ(rank_memory_shape({9000, 128}, 132).blocks, 132u);
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {

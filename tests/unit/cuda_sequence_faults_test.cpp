@@ -183,21 +183,6 @@ TEST(CudaSequenceSizes, WhatTheDeviceCannotHoldIsRefused) {
   EXPECT_EQ(supported(geometry_of(32, 8, 128), p).error().code, ErrorCode::kInvalidArgument);
 }
 
-TEST(CudaSequenceSizes, RankRulesWithoutKernelsAreRefusedByName) {
-  PolicyParams p = plain_policy(Format::kF16);
-  p.evict = EvictRule::kRank;
-  p.budget_tokens = 64;
-  p.rule_count = 1;
-  p.rules[0].every = 1;
-  p.rules[0].position = 1.0f;
-  EXPECT_TRUE(supported(geometry_of(32, 8, 128), p).has_value());
-  p.rules[0].select = RankSelect::kMedoids;
-  const Status rules = supported(geometry_of(32, 8, 128), p);
-  ASSERT_FALSE(rules.has_value());
-  EXPECT_EQ(rules.error().code, ErrorCode::kUnsupported);
-  EXPECT_NE(std::string(rules.error().what).find("medoids"), std::string::npos);
-}
-
 TEST(CudaSequenceSizes, ATierLeavesOfAPromptWhatStaysInPages) {
   PolicyParams tier = plain_policy(Format::kF16);
   tier.tier.host_bytes = 1;
