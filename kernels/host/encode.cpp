@@ -266,17 +266,23 @@ void round_halves(const float* x, uint32_t head_dim, Coding coding, uint16_t* ou
   }
 }
 
+// 32 dims of a slot are 64 bytes of K together, and of V a pair's place in each of 8 rows.
+template <bool kIsK>
 void place_halves(std::byte* page, const CodeSection& s, uint32_t slot, const uint16_t* codes) {
+  constexpr uint32_t kRowBytes = 16;
   const uint32_t tile = slot / s.tile_slots, in_tile = slot % s.tile_slots;
   const uint32_t rows = s.tile_rows(tile);
   std::byte* const words = page + s.tile_offset(tile);
-  for (uint32_t dim = 0; dim < s.head_dim; ++dim) {
-    const uint32_t block = dim / 32, part = dim % 32 / 8, in_part = dim % 8;
-    std::byte* const at = s.is_k ? words + ((block * rows + in_tile) * 4 + in_part / 2) * 16 +
-                                       4 * part + 2 * (in_part % 2)
-                                 : words + ((block * 8 + in_part) * rows + in_tile / 2) * 16 +
-                                       4 * part + 2 * (in_tile % 2);
-    std::memcpy(at, &codes[dim], sizeof(uint16_t));
+  for (uint32_t block = 0; block < s.head_dim / 32; ++block) {
+    std::byte* const at =
+        kIsK ? words + (block * rows + in_tile) * 4 * kRowBytes
+             : words + (block * 8 * rows + in_tile / 2) * kRowBytes + 2 * (in_tile % 2);
+    for (uint32_t part = 0; part < 4; ++part) {
+      for (uint32_t i = 0; i < 8; ++i) {
+        const uint32_t row = kIsK ? i / 2 * kRowBytes + 2 * (i % 2) : i * rows * kRowBytes;
+        std::memcpy(at + row + 4 * part, &codes[block * 32 + part * 8 + i], sizeof(uint16_t));
+      }
+    }
   }
 }
 
@@ -285,7 +291,8 @@ void put_vector(std::byte* page, const CodeSection& s, VectorCoding coding, uint
   if (coding.bits == 16) {
     uint16_t halves[kDimMax];
     round_halves(x, s.head_dim, coding.coding, halves);
-    return place_halves(page, s, slot, halves);
+    return s.is_k ? place_halves<true>(page, s, slot, halves)
+                  : place_halves<false>(page, s, slot, halves);
   }
   Work work;
   code_vector(x, s.head_dim, coding, work);

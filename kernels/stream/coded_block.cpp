@@ -41,6 +41,15 @@ float from_wide(uint16_t bits, Format wide) {
   return wide == Format::kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
 }
 
+// Of a key: a scale a channel.
+void dequantise_row(const uint8_t* codes, std::span<const UnitScale> scales, float* out) {
+  for (size_t c = 0; c < scales.size(); ++c) out[c] = dequantise(codes[c], scales[c]);
+}
+// Of a value: one scale.
+void dequantise_row(const uint8_t* codes, uint32_t dim, UnitScale scale, float* out) {
+  for (uint32_t c = 0; c < dim; ++c) out[c] = dequantise(codes[c], scale);
+}
+
 void encode_raw(const BlockRows& rows, std::vector<std::byte>& out) {
   out.resize(raw_block_bytes(rows.dim));
   std::byte* at = out.data();
@@ -143,9 +152,11 @@ bool decode_block(std::span<const std::byte> bytes, const BlockDecoders& decoder
     const uint32_t first = (r % kBlockRuns) * kRunTokens;
     float* rows = (of_key ? out.k : out.v) + size_t{first} * dim;
     for (uint32_t t = 0; t < kRunTokens; ++t) {
-      for (uint32_t c = 0; c < dim; ++c) {
-        const size_t i = size_t{t} * dim + c;
-        rows[i] = dequantise(codes[i], of_key ? k_scales[c] : v_scales[first + t]);
+      const uint8_t* row = codes.data() + size_t{t} * dim;
+      if (of_key) {
+        dequantise_row(row, {k_scales.data(), dim}, rows + size_t{t} * dim);
+      } else {
+        dequantise_row(row, dim, v_scales[first + t], rows + size_t{t} * dim);
       }
     }
   }

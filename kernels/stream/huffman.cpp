@@ -38,13 +38,7 @@ class BitReader {
   explicit BitReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
   // At least kCodeBitsMax bits from the top on.
   [[nodiscard]] uint64_t window() {
-    while (have_ <= 56) {
-      const uint64_t next =
-          at_ < bytes_.size() ? std::to_integer<uint64_t>(bytes_[at_]) : uint64_t{0};
-      window_ |= next << (56 - have_);
-      have_ += 8;
-      ++at_;
-    }
+    if (have_ < kCodeBitsMax) fill();
     return window_;
   }
   // Requires: bits <= what window() just had.
@@ -55,11 +49,30 @@ class BitReader {
   [[nodiscard]] bool past_end() const { return at_ * 8 - have_ > bytes_.size() * 8; }
 
  private:
+  // At least 56 bits. Bits that lie behind have_ are the stream's own: or-ed again they stay.
+  void fill() {
+    if (at_ + sizeof(uint64_t) <= bytes_.size()) {
+      uint64_t next = 0;
+      std::memcpy(&next, bytes_.data() + at_, sizeof next);
+      window_ |= __builtin_bswap64(next) >> have_;
+      const uint32_t whole = (63 - have_) / 8;
+      at_ += whole;
+      have_ += 8 * whole;
+      return;
+    }
+    for (; have_ <= 56; have_ += 8, ++at_) {
+      const uint64_t next =
+          at_ < bytes_.size() ? std::to_integer<uint64_t>(bytes_[at_]) : uint64_t{0};
+      window_ |= next << (56 - have_);
+    }
+  }
+
   std::span<const std::byte> bytes_;
   uint64_t window_ = 0;
-  uint32_t have_ = 0;  // bits in the window
+  uint32_t have_ = 0;  // bits in the window, at most 64
   size_t at_ = 0;      // bytes taken, those behind the end included
 };
+static_assert(std::endian::native == std::endian::little);
 
 }  // namespace
 
@@ -108,32 +121,44 @@ HuffmanDecoder::HuffmanDecoder(const CodeLengths& lengths) {
   }
   CodeStarts next = starts;
   for (uint32_t symbol = 0; symbol < kSymbolCount; ++symbol) {
-    const uint32_t bits = lengths[symbol], code = next.code[bits]++;
-    order_[next.before[bits]++] = static_cast<uint8_t>(symbol);
-    if (bits > kFastBits) continue;
-    const uint32_t begin = code << (kFastBits - bits);
-    const uint32_t count = 1u << (kFastBits - bits);
-    std::fill_n(fast_.begin() + begin, count,
-                Entry{static_cast<uint8_t>(symbol), static_cast<uint8_t>(bits)});
+    order_[next.before[lengths[symbol]]++] = static_cast<uint8_t>(symbol);
   }
+  for (uint32_t look = 0; look < fast_.size(); ++look) {
+    Entry& entry = fast_[look];
+    const uint64_t bits = uint64_t{look} << (64 - kFastBits);
+    while (entry.count < kFastSymbols) {
+      const Found found = first_of(bits << entry.bits);
+      if (entry.bits + found.bits > kFastBits) break;
+      entry.symbols[entry.count++] = found.symbol;
+      entry.bits = static_cast<uint8_t>(entry.bits + found.bits);
+    }
+  }
+}
+
+HuffmanDecoder::Found HuffmanDecoder::first_of(uint64_t window) const {
+  const auto top = static_cast<uint32_t>(window >> (64 - kCodeBitsMax));
+  uint32_t bits = 1;
+  while (bits < kCodeBitsMax && top >= limit_[bits]) ++bits;
+  const auto code = static_cast<int32_t>(top >> (kCodeBitsMax - bits));
+  return {order_[static_cast<uint32_t>(first_[bits] + code) % kSymbolCount], bits};
 }
 
 bool HuffmanDecoder::decode(std::span<const std::byte> bytes, std::span<uint8_t> symbols) const {
   BitReader reader(bytes);
-  for (uint8_t& symbol : symbols) {
+  uint8_t* at = symbols.data();
+  uint8_t* const end = at + symbols.size();
+  while (at != end) {
     const uint64_t window = reader.window();
-    const Entry entry = fast_[window >> (64 - kFastBits)];
-    if (entry.bits != 0) {
-      symbol = entry.symbol;
-      reader.skip(entry.bits);
+    const Entry& entry = fast_[window >> (64 - kFastBits)];
+    if (entry.count == 0 || end - at < static_cast<ptrdiff_t>(kFastSymbols)) {
+      const Found found = first_of(window);
+      *at++ = found.symbol;
+      reader.skip(found.bits);
       continue;
     }
-    const auto top = static_cast<uint32_t>(window >> (64 - kCodeBitsMax));
-    uint32_t bits = kFastBits + 1;
-    while (bits < kCodeBitsMax && top >= limit_[bits]) ++bits;
-    const auto code = static_cast<int32_t>(top >> (kCodeBitsMax - bits));
-    symbol = order_[static_cast<uint32_t>(first_[bits] + code) % kSymbolCount];
-    reader.skip(bits);
+    std::memcpy(at, entry.symbols.data(), kFastSymbols);
+    at += entry.count;
+    reader.skip(entry.bits);
   }
   return !reader.past_end();
 }

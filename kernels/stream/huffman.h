@@ -46,12 +46,22 @@ class HuffmanDecoder {
   [[nodiscard]] bool decode(std::span<const std::byte> bytes, std::span<uint8_t> symbols) const;
 
  private:
-  // Codes up to this length take one look; 2 KiB a table stay in the first-level cache.
-  static constexpr uint32_t kFastBits = 10;
+  // Bits of one look, and how many symbols whose codes lie in them it finds at most: 16 KiB stay in
+  // the first-level cache.
+  static constexpr uint32_t kFastBits = 11, kFastSymbols = 6;
   struct Entry {
-    uint8_t symbol;
-    uint8_t bits;  // 0: a longer code
+    std::array<uint8_t, kFastSymbols> symbols;
+    uint8_t count;  // 0: the first code is longer
+    uint8_t bits;   // of all of them
   };
+  static_assert(sizeof(Entry) == 8);
+  struct Found {
+    uint8_t symbol;
+    uint32_t bits;
+  };
+  // The first symbol of at least kCodeBitsMax bits from the top of `window` on.
+  [[nodiscard]] Found first_of(uint64_t window) const;
+
   std::array<Entry, 1u << kFastBits> fast_{};
   // By length n: codes of n bits, from the left of kCodeBitsMax bits, are below limit_[n].
   std::array<uint32_t, kCodeBitsMax + 1> limit_{};
