@@ -353,6 +353,18 @@ class Plan(unittest.TestCase):
         self.assertEqual(other.guesses, {("w", 0.25): 0.0, ("x", 0.25): 0.2,
                                          ("x", 0.12): 0.1 * 3})
 
+    def test_settings_of_an_earlier_table_are_where_searches_begin(self) -> None:
+        text = texts.Text("a", "tune", list(range(200)), frozenset())
+        own = task.Task(text, "long", [policy("w"), policy("x")], [0.25], "lib")
+        shares = {("b", "short"): 0.1, ("b", "long"): 0.2, ("a", "long"): 0.3}
+        rows = [{"policy": "w", "text": name, "prompt": mode, "memory_fraction": 0.25,
+                 "reached": True, "knob_share": share} for (name, mode), share in shares.items()]
+        missed = {**rows[0], "policy": "x", "reached": False}
+        judge.with_table(own, [*rows, missed])
+        self.assertEqual(own.guesses, {("w", 0.25): 0.3})
+        judge.with_table(own, rows[:2])
+        self.assertEqual(own.guesses, {("w", 0.25): 0.2})
+
 
 class FreeText(unittest.TestCase):
     def test_agreement_ends_at_the_first_difference(self) -> None:

@@ -8,6 +8,7 @@ of the text stay below the point. tools/eval/README.md says what makes the compa
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import pathlib
@@ -73,6 +74,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         f"ones included (default {TILE_ROWS}: the most tokens a second of CPU; 12 "
                         "ends sooner on dozens of cores; rows of two tiles differ in the last bit)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that still hold")
+    parser.add_argument("--guesses", type=pathlib.Path, metavar="TABLE", help="an earlier table: "
+                        "searches begin with its settings and end sooner")
     parser.add_argument("--rows", type=pathlib.Path, default=ROWS, help="the rows as they are "
                         "found (default build/eval/rows.jsonl)")
     parser.add_argument("--json", type=pathlib.Path, help="the table; Markdown and plots beside it")
@@ -138,6 +141,19 @@ def with_guesses(task: Task, pilot: texts.Text, store: Store) -> None:
                 task.guesses[policy.name, point] = row["knob_share"]
 
 
+def with_table(task: Task, rows: list[dict[str, Any]]) -> None:
+    """Guesses of a task from rows of any text and prompt, those of its own before others."""
+    def strangeness(row: dict[str, Any]) -> int:
+        return (row["text"] != task.text.name) + (row["prompt"] != task.mode)
+
+    for policy in task.policies:
+        for point in points_of(policy, task.points):
+            met = [row for row in rows if row["policy"] == policy.name and row["reached"]
+                   and row["memory_fraction"] == point]
+            if met:
+                task.guesses[policy.name, point] = min(met, key=strangeness)["knob_share"]
+
+
 def _steps(task: Task, piloted: bool) -> int:
     """Run-steps to expect: forced runs and replays."""
     runs = sum(len(points_of(policy, task.points)) for policy in task.policies)
@@ -199,6 +215,10 @@ def main(arguments: list[str]) -> int:
     store = Store(options.rows, options.resume)
     piloted = not options.quick and options.jobs <= PILOTED_JOBS_MAX
     stages = plan(chosen, modes, policies, points, options.batch, store, piloted, options.tile)
+    if options.guesses:
+        earlier = json.loads(options.guesses.read_text(encoding="utf-8"))
+        for task in (each for stage in stages for each in stage):
+            with_table(task, earlier)
     _model = Model(for_batches(file.weights()))
     _done = multiprocessing.get_context("fork").Value("q", 0)
     carry_out(stages, options.jobs, chosen[0], store)
