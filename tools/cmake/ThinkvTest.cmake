@@ -41,6 +41,7 @@ function(thinkv_test)
   set_target_properties(${arg_NAME} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests"
     BUILD_RPATH "$ORIGIN/../lib")
+  add_dependencies(thinkv_tests ${arg_NAME})
   if("tsan" IN_LIST arg_LABELS)
     add_dependencies(thinkv_tsan_tests ${arg_NAME})
   endif()
@@ -119,6 +120,7 @@ function(thinkv_fuzzer)
     add_executable(${arg_NAME} ${arg_SOURCES} "${CMAKE_SOURCE_DIR}/tools/cmake/fuzz_replay.cpp")
     set_target_properties(${arg_NAME} PROPERTIES
       RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
+    add_dependencies(thinkv_tests ${arg_NAME})
     if(arg_CORPUS)
       add_test(NAME ${arg_NAME}.corpus
         COMMAND ${arg_NAME} "${CMAKE_CURRENT_SOURCE_DIR}/${arg_CORPUS}")
