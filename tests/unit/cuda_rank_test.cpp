@@ -131,7 +131,7 @@ TEST(CudaRankSizes, AFiringTakesFewPagesOnceTheRulesHaveFired) {
 }
 
 TEST(CudaRankMedoids, RulesAgreeWithTheHost) {
-  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+  for (const testing::MedoidKind& kind : testing::medoid_kinds()) {
     const PolicyParams policy = testing::medoid_policy(kind, 64);
     ASSERT_TRUE(policy_params_valid(policy));
     for (const uint32_t queries : {0u, 40u}) {
@@ -147,7 +147,7 @@ TEST(CudaRankMedoids, RulesAgreeWithTheHost) {
 
 // More rows than the k-means takes, of which no run has a whole number of the places.
 TEST(CudaRankMedoids, RunsOfManyRowsAgreeWithTheHost) {
-  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+  for (const testing::MedoidKind& kind : testing::medoid_kinds()) {
     const PolicyParams policy = testing::medoid_policy(kind, 150);
     EXPECT_EQ(testing::run_long_prompt(policy, 2 * kernels::kMedoidRowsMax + 101), "")
         << kind.name();
@@ -155,7 +155,7 @@ TEST(CudaRankMedoids, RunsOfManyRowsAgreeWithTheHost) {
 }
 
 TEST(CudaRankMedoids, LanesBeyondABlockAgreeWithTheHost) {
-  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+  for (const testing::MedoidKind& kind : testing::medoid_kinds()) {
     if (kind.attention == 0.0f) continue;
     const PolicyParams policy = testing::medoid_policy(kind, 60);
     EXPECT_EQ(testing::run_long_prompt(policy, kRankRowsMax + 200), "") << kind.name();
@@ -173,7 +173,7 @@ TEST(CudaRankMedoids, BudgetsAtBothEndsAgreeWithTheHost) {
 
 // Nor are weights, where the norms of such values are among them.
 TEST(CudaRankMedoids, KeysThatAreNotNumbersAgreeWithTheHost) {
-  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+  for (const testing::MedoidKind& kind : testing::medoid_kinds()) {
     PolicyParams policy = testing::medoid_policy(kind, 80);
     policy.rotate = 0;  // machines differ in the NaN that a sum of two NaN is
     policy.prompt_format = Format::kF16;
