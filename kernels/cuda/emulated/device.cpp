@@ -1,7 +1,8 @@
 #include "kernels/cuda/emulated/device.h"
 
+#include <bit>
 #include <boost/context/fiber.hpp>
-#include <boost/context/pooled_fixedsize_stack.hpp>
+#include <boost/context/stack_context.hpp>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -22,22 +23,59 @@ constexpr uint32_t kWarp = 32;
   std::abort();
 }
 
-// Threads that wait for each other: a warp, or a block.
-struct Barrier {
-  uint32_t running = 0;
-  uint32_t arrived = 0;
-  uint64_t generation = 0;
+// Sets of a warp's lanes.
+struct Warp {
+  uint32_t running = 0;  // have not returned
+  uint32_t ready = 0;    // and wait for nothing
+  uint32_t at_warp = 0;  // wait for the others of the warp
+  uint32_t at_block = 0;
 
   void release_if_complete() {
-    if (arrived == 0 || arrived < running) return;
-    arrived = 0;
-    ++generation;
+    if (at_warp != running) return;
+    ready |= at_warp;
+    at_warp = 0;
   }
 };
 
-struct Fiber {
-  context::fiber context;  // where the thread goes on; empty once it has returned
-  bool done = false;
+// Stacks that are used again. Their tops lie apart by more than whole stacks: at equal distances of
+// a power of two the frames of all threads would share the same few sets of the cache, which made
+// half of a run's time.
+class Stacks {
+ public:
+  context::stack_context allocate() {
+    if (free_.empty()) add();
+    const context::stack_context stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void deallocate(const context::stack_context& stack) { free_.push_back(stack); }
+
+ private:
+  static constexpr size_t kColours = 64;
+  static constexpr size_t kColourBytes = 1088;  // 17 lines: every set of a cache has its turn
+
+  void add() {
+    constexpr size_t kWhole = kStackBytes + kColours * kColourBytes;
+    const size_t unused = owned_.size() % kColours * kColourBytes;
+    owned_.push_back(std::make_unique_for_overwrite<unsigned char[]>(kWhole));
+    context::stack_context stack;
+    stack.size = kWhole - unused;
+    stack.sp = owned_.back().get() + stack.size;
+    free_.push_back(stack);
+  }
+
+  std::vector<std::unique_ptr<unsigned char[]>> owned_;
+  std::vector<context::stack_context> free_;
+};
+
+// Boost's handle on the stacks of the process.
+struct StackAllocator {
+  static Stacks& stacks() {
+    static Stacks all;
+    return all;
+  }
+  context::stack_context allocate() { return stacks().allocate(); }
+  void deallocate(const context::stack_context& stack) { stacks().deallocate(stack); }
 };
 
 class Block {
@@ -45,7 +83,7 @@ class Block {
   Block(uint32_t threads, uint32_t shared_bytes, const std::function<void()>& body)
       : threads_(threads),
         body_(body),
-        fibers_(threads),
+        fibers_(threads + 1),
         warps_((threads + kWarp - 1) / kWarp),
         exchange_(size_t{threads + kWarp} * kPlace),
         copies_(threads),
@@ -56,23 +94,15 @@ class Block {
   }
 
   void run();
+  void wait_for_warp();
+  void wait_for_block();
 
-  void wait(Barrier& barrier) {
-    const uint64_t mine = barrier.generation;
-    ++barrier.arrived;
-    barrier.release_if_complete();
-    moved_ = true;
-    while (barrier.generation == mine) yield();
-  }
-  [[nodiscard]] Barrier& own_warp() { return warps_[threadIdx.x / kWarp]; }
-  [[nodiscard]] Barrier& whole() { return whole_; }
   [[nodiscard]] unsigned char* place(uint32_t lane) {
     return exchange_.data() + size_t{threadIdx.x / kWarp * kWarp + lane} * kPlace;
   }
   [[nodiscard]] CopyQueue& copies() { return copies_[threadIdx.x]; }
   [[nodiscard]] bool lane_runs(uint32_t lane) const {
-    const uint32_t thread = threadIdx.x / kWarp * kWarp + lane;
-    return thread < threads_ && !fibers_[thread].done;
+    return (warps_[threadIdx.x / kWarp].running >> lane & 1) != 0;
   }
   [[nodiscard]] unsigned char* shared() const {
     const auto address = reinterpret_cast<uintptr_t>(shared_.get());
@@ -84,78 +114,114 @@ class Block {
   static constexpr size_t kPlace = 32;
   static constexpr size_t kAlignment = 128;
 
-  void yield() { main_ = std::move(main_).resume(); }
   void start(uint32_t thread);
-  void resume(uint32_t thread);
-  [[nodiscard]] bool pass();
+  void finish(uint32_t thread);
+  void release_if_complete();
+  [[nodiscard]] uint32_t next_after(uint32_t thread) const;
+  void go_on(uint32_t from, uint32_t to);
+  void keep(context::fiber&& came_from);
 
   uint32_t threads_;
   const std::function<void()>& body_;
-  std::vector<Fiber> fibers_;
-  std::vector<Barrier> warps_;
-  Barrier whole_;
+  // Where each thread goes on; empty for the one that runs and for those that have returned. The
+  // last is the launch itself.
+  std::vector<context::fiber> fibers_;
+  std::vector<Warp> warps_;
+  uint32_t running_ = 0;   // threads that have not returned
+  uint32_t at_block_ = 0;  // of them wait for all others
+  uint32_t left_ = 0;      // the fiber that ran before this one
   std::vector<unsigned char> exchange_;
   std::vector<CopyQueue> copies_;
   std::unique_ptr<unsigned char[]> shared_;
   uint32_t shared_bytes_;
-  context::fiber main_;
-  bool moved_ = false;  // some thread arrived or returned in this pass
 };
 
 Block* current = nullptr;
 
-context::pooled_fixedsize_stack& stacks() {
-  static context::pooled_fixedsize_stack pool(kStackBytes);
-  return pool;
-}
-
 void Block::start(uint32_t thread) {
-  fibers_[thread].context =
-      context::fiber(std::allocator_arg, stacks(), [this, thread](context::fiber&& from) {
-        main_ = std::move(from);
+  Warp& warp = warps_[thread / kWarp];
+  warp.running |= 1u << thread % kWarp;
+  warp.ready |= 1u << thread % kWarp;
+  ++running_;
+  fibers_[thread] =
+      context::fiber(std::allocator_arg, StackAllocator{}, [this, thread](context::fiber&& from) {
+        keep(std::move(from));
         body_();
-        fibers_[thread].done = true;
-        return std::move(main_);
+        finish(thread);
+        threadIdx.x = next_after(thread);
+        return std::move(fibers_[threadIdx.x]);
       });
 }
 
-void Block::resume(uint32_t thread) {
-  Fiber& fiber = fibers_[thread];
-  threadIdx = {thread, 0, 0};
-  fiber.context = std::move(fiber.context).resume();
-  if (!fiber.done) return;
-  moved_ = true;
-  for (Barrier* barrier : {&warps_[thread / kWarp], &whole_}) {
-    barrier->running -= 1;
-    barrier->release_if_complete();
+void Block::finish(uint32_t thread) {
+  Warp& warp = warps_[thread / kWarp];
+  warp.running &= ~(1u << thread % kWarp);
+  warp.ready &= warp.running;
+  --running_;
+  warp.release_if_complete();
+  release_if_complete();
+}
+
+void Block::release_if_complete() {
+  if (at_block_ == 0 || at_block_ < running_) return;
+  at_block_ = 0;
+  for (Warp& warp : warps_) {
+    warp.ready |= warp.at_block;
+    warp.at_block = 0;
   }
 }
 
-// Every thread that can goes on until it waits. Result: whether any is left.
-bool Block::pass() {
-  bool left = false;
-  for (uint32_t first = 0; first < threads_; first += kWarp) {
-    const uint32_t end = first + kWarp < threads_ ? first + kWarp : threads_;
-    for (uint32_t thread = first; thread < end; ++thread) {
-      if (fibers_[thread].done) continue;
-      resume(thread);
-      left = left || !fibers_[thread].done;
-    }
+void Block::wait_for_warp() {
+  const uint32_t thread = threadIdx.x;
+  const uint32_t bit = 1u << thread % kWarp;
+  Warp& warp = warps_[thread / kWarp];
+  warp.ready &= ~bit;
+  warp.at_warp |= bit;
+  warp.release_if_complete();
+  if ((warp.ready & bit) == 0) go_on(thread, next_after(thread));
+}
+
+void Block::wait_for_block() {
+  const uint32_t thread = threadIdx.x;
+  const uint32_t bit = 1u << thread % kWarp;
+  Warp& warp = warps_[thread / kWarp];
+  warp.ready &= ~bit;
+  warp.at_block |= bit;
+  ++at_block_;
+  release_if_complete();
+  if ((warp.ready & bit) == 0) go_on(thread, next_after(thread));
+}
+
+// The next thread in the block's order, round and round, that waits for nothing; once all have
+// returned, the launch.
+uint32_t Block::next_after(uint32_t thread) const {
+  if (running_ == 0) return threads_;
+  const uint32_t own = thread / kWarp;
+  const auto warps = static_cast<uint32_t>(warps_.size());
+  uint32_t ready = warps_[own].ready & ~((2u << thread % kWarp) - 1);
+  for (uint32_t i = own, seen = 0; seen <= warps; ++seen) {
+    if (ready != 0) return i * kWarp + static_cast<uint32_t>(std::countr_zero(ready));
+    i = i + 1 < warps ? i + 1 : 0;
+    ready = warps_[i].ready;
   }
-  return left;
+  stop("threads wait for a barrier that others never reach");
+}
+
+void Block::go_on(uint32_t from, uint32_t to) {
+  left_ = from;
+  threadIdx.x = to;
+  keep(std::move(fibers_[to]).resume());
+}
+
+// A fiber that gave way goes on here later; one that has returned is empty.
+void Block::keep(context::fiber&& came_from) {
+  if (came_from) fibers_[left_] = std::move(came_from);
 }
 
 void Block::run() {
-  whole_.running = threads_;
-  for (uint32_t thread = 0; thread < threads_; ++thread) {
-    warps_[thread / kWarp].running += 1;
-    start(thread);
-  }
-  for (;;) {
-    moved_ = false;
-    if (!pass()) return;
-    if (!moved_) stop("threads wait for a barrier that others never reach");
-  }
+  threadIdx = {0, 0, 0};
+  for (uint32_t thread = 0; thread < threads_; ++thread) start(thread);
+  go_on(threads_, 0);
 }
 
 }  // namespace
@@ -174,10 +240,10 @@ void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
 }
 
 void warp_barrier() {
-  current->wait(current->own_warp());
+  current->wait_for_warp();
 }
 void block_barrier() {
-  current->wait(current->whole());
+  current->wait_for_block();
 }
 unsigned char* exchange(uint32_t lane) {
   return current->place(lane);

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <tuple>
 #include <type_traits>
@@ -93,8 +92,9 @@ class CopyQueue {
     open_.clear();
   }
   void wait(size_t later) {
-    for (; groups_.size() > later; groups_.pop_front()) {
+    while (groups_.size() > later) {
       for (const Copy& copy : groups_.front()) std::memcpy(copy.to, copy.from, kBytes);
+      groups_.erase(groups_.begin());
     }
   }
 
@@ -104,7 +104,7 @@ class CopyQueue {
     const unsigned char* from;
   };
   std::vector<Copy> open_;
-  std::deque<std::vector<Copy>> groups_;
+  std::vector<std::vector<Copy>> groups_;  // few at a time
 };
 
 // Runs `blocks` blocks of `threads` threads; `body` is one thread's kernel.
