@@ -18,7 +18,7 @@ using testing::StoredToken;
 using testing::VectorPageSource;
 using testing::VectorPool;
 
-constexpr uint32_t kOperations = 1500;
+constexpr uint32_t kOperations = testing::random_rounds(1500);
 constexpr uint32_t kSequences = 6;
 constexpr uint32_t kDim = 64;
 

@@ -117,7 +117,7 @@ class SecondQueries(RowsCase):
         batch = self.model.batch(1)
         sequence = self.prompt(0, policy="small-attention")
         batch.join(0, sequence)
-        for token in range(150):
+        for token in range(90):
             with batch.step():
                 for layer in range(LAYERS):
                     kv = self.array(rows((token, layer), 1, KV_HEADS, DIM))
@@ -159,14 +159,14 @@ class Copies(RowsCase):
                 batch = self.model.batch(3)
                 source = self.prompt(37, policy=policy)
                 batch.join(0, source)
-                for token in range(70):
+                for token in range(45):
                     self.step(batch, token)
                 copy = source.copy()
                 self.assertEqual(copy.stats(), source.stats())
                 batch.join(1, copy)
                 third = source.copy()
                 source_stats = None
-                for token in range(70, 140):
+                for token in range(45, 85):
                     capacity = batch.capacity
                     with batch.step():
                         for layer in range(LAYERS):
@@ -180,7 +180,7 @@ class Copies(RowsCase):
                     source_stats = source.stats()
                 self.assertEqual(copy.stats(), source_stats)
                 # What neither of them did after it changed the third one.
-                self.assertEqual(third.stats()["tokens"], 37 + 70)
+                self.assertEqual(third.stats()["tokens"], 37 + 45)
                 source.close()
                 batch.join(2, third)
                 self.step(batch, 500)
@@ -236,7 +236,7 @@ class Growing(RowsCase):
         for token in range(20):
             self.step(batch, token)
         batch.join(1, self.prompt(900, policy="small-attention", seed=3))
-        for token in range(20, 140):
+        for token in range(20, 60):
             outs, _ = self.step(batch, token)
             self.assertTrue(np.isfinite(outs).all())
         self.assertGreater(batch.rows[1].stats()["evicted_slots"], 0)

@@ -207,7 +207,7 @@ inline constexpr MedoidKind kMedoidKinds[] = {{SelectGrain::kKvHead, 0.0f, RankA
 // Those that a test goes through: the emulator under a sanitizer takes minutes for all.
 [[nodiscard]] constexpr std::span<const MedoidKind> medoid_kinds() {
   const std::span<const MedoidKind> all(kMedoidKinds);
-  return emulated_rounds(4) == 4 ? all : all.subspan(1, 1);
+  return random_rounds(4) == 4 ? all : all.subspan(1, 1);
 }
 
 // They fire at the prompt's end, where none waits for attention, and at every 32nd token.
@@ -222,7 +222,7 @@ inline PolicyParams medoid_policy(const MedoidKind& kind, uint32_t budget) {
   RankRule& rule = p.rules[0];
   rule.at_prompt_end = 1;
   rule.every = 32;
-  p.kmeans_iterations = emulated_rounds(4);
+  p.kmeans_iterations = random_rounds(4);
   rule.select = RankSelect::kMedoids;
   rule.attention = kind.attention;
   rule.position = 1.0f;  // without attention nothing reads it

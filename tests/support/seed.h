@@ -7,9 +7,9 @@
 
 namespace thinkv::testing {
 
-// How often a random test on the emulated GPU does something: under the address sanitizer, where it
-// takes ten times as long, a quarter.
-[[nodiscard]] constexpr uint32_t emulated_rounds(uint32_t rounds) {
+// How often a random test does something: under the address sanitizer, where it takes up to ten
+// times as long, a quarter.
+[[nodiscard]] constexpr uint32_t random_rounds(uint32_t rounds) {
 #if defined(__SANITIZE_ADDRESS__)
   return rounds / 4;
 #else

@@ -64,7 +64,7 @@ TEST(MethodKvComp, LongPromptsAgreeWithTheHost) {
 
 TEST(MethodKvComp, PoliciesPromptsAndEvictionsByChance) {
   const uint64_t seed = testing::seed_from_environment(20261129);
-  constexpr uint64_t kDraws = testing::emulated_rounds(8);
+  constexpr uint64_t kDraws = testing::random_rounds(8);
   CodedTally tally;
   for (uint64_t i = 0; i < kDraws; ++i) {
     EXPECT_EQ(testing::run_drawn_streams(seed + i, tally), "") << "THINKV_SEED=" << seed + i;

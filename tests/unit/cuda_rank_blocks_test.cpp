@@ -186,7 +186,7 @@ TEST(BlockPolicies, APairThatIsEmptyWhenARuleFiresGoesOnce) {
 }
 
 TEST(BlockPoliciesRandom, RulesAgreeWithTheHost) {
-  constexpr uint64_t kDraws = testing::emulated_rounds(30);
+  constexpr uint64_t kDraws = testing::random_rounds(30);
   const uint64_t first = testing::seed_from_environment(20260107);
   RankTally tally;
   for (uint64_t i = 0; i < kDraws; ++i) {

@@ -227,7 +227,7 @@ TEST(CudaRankMedoids, MemoryIsAskedForByThePolicysDims) {
 }
 
 TEST(CudaRankRandom, RulesAgreeWithTheHost) {
-  constexpr uint64_t kDraws = testing::emulated_rounds(40);
+  constexpr uint64_t kDraws = testing::random_rounds(40);
   const uint64_t first = testing::seed_from_environment(20251129);
   RankTally tally;
   for (uint64_t i = 0; i < kDraws; ++i) {

@@ -125,7 +125,7 @@ void run_operations(const ModelGeometry& geometry, uint32_t operations, uint64_t
 TEST(CudaSequenceRandom, AgreesWithTheHost) {
   const uint64_t seed = testing::seed_from_environment(20251122);
   const ModelGeometry geometry{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 64};
-  run_operations(geometry, testing::emulated_rounds(kOperations), seed);
+  run_operations(geometry, testing::random_rounds(kOperations), seed);
 }
 
 TEST(CudaSequenceRandom, AgreesWithTheHostInOtherShapes) {

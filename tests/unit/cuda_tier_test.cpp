@@ -61,7 +61,7 @@ TEST(CudaTier, ALongPromptHasTilesOfKeys) {
 TEST(CudaTier, RandomTiersAreTheHosts) {
   const uint64_t seed = testing::seed_from_environment(20261129);
   TierTally tally;
-  constexpr uint64_t kDraws = testing::emulated_rounds(20);
+  constexpr uint64_t kDraws = testing::random_rounds(20);
   for (uint64_t i = 0; i < kDraws; ++i) {
     ASSERT_EQ(testing::run_drawn_tier(seed + i, tally), "") << "seed " << seed + i;
   }

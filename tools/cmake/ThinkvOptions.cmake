@@ -50,7 +50,10 @@ if(THINKV_SANITIZE AND THINKV_FUZZ)
 endif()
 
 if(THINKV_SANITIZE STREQUAL "address")
-  set(thinkv_sanitizers -fsanitize=address,undefined)
+  # Without the checks of every pointer that the address sanitizer sees where the pointer is used:
+  # they are a quarter of the compiler's time.
+  set(thinkv_sanitizers -fsanitize=address,undefined
+    -fno-sanitize=null,object-size,pointer-overflow,vptr)
 elseif(THINKV_SANITIZE STREQUAL "thread")
   set(thinkv_sanitizers -fsanitize=thread)
 elseif(THINKV_SANITIZE)
