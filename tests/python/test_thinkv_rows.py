@@ -236,7 +236,7 @@ class Growing(RowsCase):
         for token in range(20):
             self.step(batch, token)
         batch.join(1, self.prompt(900, policy="small-attention", seed=3))
-        for token in range(20, 60):
+        for token in range(20, 90):
             outs, _ = self.step(batch, token)
             self.assertTrue(np.isfinite(outs).all())
         self.assertGreater(batch.rows[1].stats()["evicted_slots"], 0)
