@@ -56,26 +56,13 @@ namespace rank_detail {
 // The least key of the `target` highest rows that are not fixed. Requires: 0 < target <= free rows.
 [[nodiscard]] __device__ inline uint64_t least_kept(const RankRows& rows, RankShared& shared,
                                                     uint32_t n, uint32_t target) {
-  uint64_t prefix = 0;
-  uint32_t left = target;
-  for (uint32_t shift = 32 + kRankRowBits; shift > 0;) {
-    shift -= 8;
-    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.bins[b] = 0;
-    __syncthreads();
+  constexpr uint32_t kBits = 32 + kRankRowBits;
+  return least_of_highest<uint64_t>(shared, shared.bins, kBits, target, [&](const auto& visit) {
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-      const uint64_t key = rank_key(rows.score[i], i);
-      if (rows.fixed[i] != 0 || ((key ^ prefix) >> (shift + 8)) != 0) continue;
-      atomicAdd(&shared.bins[static_cast<uint32_t>(key >> shift) & 255u], 1u);
+      if (rows.fixed[i] == 0) visit(rank_key(rows.score[i], i));
     }
-    __syncthreads();
-    if (threadIdx.x < 32) find_bin(shared, left);
-    __syncthreads();
-    prefix |= uint64_t{shared.digit} << shift;
-    left = shared.left;
-    if (shared.whole != 0) break;
-  }
-  __syncthreads();
-  return prefix;
+    return true;
+  });
 }
 
 }  // namespace rank_detail

@@ -105,29 +105,14 @@ template <int kDim>
                                                     uint32_t left) {
   LoadedHead head;
   RankShared& shared = *layer.shared;
-  uint64_t prefix = 0;
-  for (uint32_t shift = 64; shift > 0;) {
-    shift -= 8;
-    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.layer_bins[b] = 0;
-    __syncthreads();
+  return least_of_highest<uint64_t>(shared, shared.layer_bins, 64, left, [&](const auto& visit) {
     for (uint32_t h = 0; h < layer.heads; ++h) {
-      if (!load_head<kDim>(layer, rule, h, true, head)) return lane_detail::kNoKey;
-      for_each_open(head, h, [&](uint64_t key) {
-        if (shift < 56 && ((key ^ prefix) >> (shift + 8)) != 0) return;
-        atomicAdd(&shared.layer_bins[static_cast<uint32_t>(key >> shift) & 255u], 1u);
-      });
+      if (!load_head<kDim>(layer, rule, h, true, head)) return false;
+      for_each_open(head, h, visit);
       __syncthreads();
     }
-    for (uint32_t b = threadIdx.x; b < 256; b += blockDim.x) shared.bins[b] = shared.layer_bins[b];
-    __syncthreads();
-    if (threadIdx.x < 32) find_bin(shared, left);
-    __syncthreads();
-    prefix |= uint64_t{shared.digit} << shift;
-    left = shared.left;
-    if (shared.whole != 0) break;
-  }
-  __syncthreads();
-  return prefix;
+    return true;
+  });
 }
 
 }  // namespace shared_detail

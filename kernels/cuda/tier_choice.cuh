@@ -158,31 +158,13 @@ struct Threshold {
                                                                   const uint32_t* scores,
                                                                   uint32_t tokens,
                                                                   uint32_t wanted) {
-  Threshold found{0, 0};
-  uint32_t left = wanted;
-  for (uint32_t shift = 32; shift > 0;) {
-    shift -= 8;
-    for (uint32_t b = threadIdx.x; b < 256; b += kChoiceThreads) shared.bins[b] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < tokens; i += kChoiceThreads) {
-      const uint32_t score = scores[i];
-      if (uint64_t{score ^ found.least} >> (shift + 8) != 0) continue;
-      atomicAdd(&shared.bins[score >> shift & 255u], 1u);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) find_bin(shared, left);
-    __syncthreads();
-    found.least |= shared.digit << shift;
-    left = shared.left;
-    if (shared.whole != 0) {
-      // Everything in the bin: the bits below stay 0, and what is equal to that belongs to it.
-      left = 0;
-      break;
-    }
-  }
-  if (left != 0) found.skipped = shared.bins[found.least & 255u] - left;
-  __syncthreads();
-  return found;
+  const uint32_t least =
+      least_of_highest<uint32_t>(shared, shared.bins, 32, wanted, [&](const auto& visit) {
+        for (uint32_t i = threadIdx.x; i < tokens; i += kChoiceThreads) visit(scores[i]);
+        return true;
+      });
+  if (shared.whole != 0) return {least, 0};
+  return {least, shared.bins[least & 255u] - shared.left};
 }
 
 // As policy::choose_rows: ascending. Each warp walks a share of the rows of its own, twice.
