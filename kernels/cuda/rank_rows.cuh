@@ -205,8 +205,7 @@ template <int kDim>
                                                                 const RankRule& rule,
                                                                 const RankLimit& limit) {
   const DeviceSequence& s = *item.sequence;
-  uint32_t recent =
-      max(uint32_t{rule.recent}, policy::percent_of(limit.limit, rule.recent_percent));
+  uint32_t recent = policy::newest_protected(rule, limit.limit);
   if (limit.local) recent = max(recent, policy::percent_of(s.prompt_tokens, rule.local_percent));
   return min(recent, s.tokens);
 }

@@ -16,6 +16,14 @@ namespace thinkv::policy {
   return static_cast<uint32_t>(uint64_t{whole} * percent / 100);
 }
 
+// The newest tokens that a rule protects in a lane that may hold `limit`: so many, or a share of
+// the limit; where both are given, the smaller.
+[[nodiscard]] constexpr uint32_t newest_protected(const RankRule& rule, uint32_t limit) {
+  const uint32_t share = percent_of(limit, rule.recent_percent);
+  if (rule.recent_percent == 0) return rule.recent;
+  return rule.recent != 0 && rule.recent < share ? rule.recent : share;
+}
+
 // Of a sequence's tokens so far, those that the rule's budget counts.
 [[nodiscard]] constexpr uint32_t tokens_counted(const RankRule& rule, uint32_t tokens,
                                                 uint32_t prompt) {

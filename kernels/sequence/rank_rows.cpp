@@ -173,8 +173,7 @@ uint8_t protected_classes(const SequenceState& state, const RankRule& rule, uint
 
 uint32_t recent_tokens(const SequenceState& state, const RankRule& rule, const RankHead& head,
                        uint32_t lane) {
-  const uint32_t recent =
-      std::max<uint32_t>(rule.recent, policy::percent_of(head.limit, rule.recent_percent));
+  const uint32_t recent = policy::newest_protected(rule, head.limit);
   if (rule.budget != BudgetRule::kFirstFit || rule.at_prompt_end != 0) return recent;
   if (state.lane(lane).rank().mask != policy::kMaskLocal) return recent;
   return std::max(recent, policy::percent_of(state.header->prompt_tokens, rule.local_percent));

@@ -347,8 +347,9 @@ class Subject {
     bool all = true;
     for (uint32_t i = 0; i < policy_.rule_count; ++i) {
       const RankRule& r = policy_.rules[i];
-      const bool recent = position + r.recent >= tokens_seen_;
-      all = all && (position < r.sinks || recent);
+      // A share of a budget that this model does not know may be none.
+      const uint32_t newest = r.recent_percent == 0 ? r.recent : 0;
+      all = all && (position < r.sinks || position + newest >= tokens_seen_);
     }
     return all;
   }

@@ -37,6 +37,7 @@ inline RankRule draw_rule(RuleDice dice) {
   r.select = static_cast<RankSelect>(below(6));
   r.action = static_cast<RankAction>(below(2));
   r.recent = static_cast<uint16_t>(below(20));
+  r.recent_percent = static_cast<uint8_t>(below(2) * below(60));
   r.sinks = static_cast<uint16_t>(below(6));
   r.classes = static_cast<uint8_t>(below(4));
   r.anchor = static_cast<Anchor>(below(5));

@@ -77,6 +77,22 @@ TEST(RankBytes, FourTimesTheTokensInPagesOfFourTimesTheSlots) {
 
 // ---- signals ----
 
+TEST(RankProtect, TheNewestAreANumberOrAShareAndOfBothTheSmaller) {
+  const auto newest = [](uint16_t recent, uint8_t percent, uint32_t limit) {
+    RankRule rule;
+    rule.recent = recent;
+    rule.recent_percent = percent;
+    return newest_protected(rule, limit);
+  };
+  EXPECT_EQ(newest(0, 0, 1000), 0u);
+  EXPECT_EQ(newest(128, 0, 1000), 128u);
+  EXPECT_EQ(newest(128, 0, 100), 128u) << "whatever the budget";
+  EXPECT_EQ(newest(0, 50, 1000), 500u);
+  EXPECT_EQ(newest(128, 50, 1000), 128u);
+  EXPECT_EQ(newest(128, 50, 255), 127u);
+  EXPECT_EQ(newest(128, 50, 1), 0u);
+}
+
 TEST(RankPool, AverageCountsTheEndsAsZeroAndMaximumDoesNot) {
   const std::vector<float> x = {5, 0, 0, 10, 0};
   std::vector<float> out(5);

@@ -82,7 +82,7 @@ struct RankRule {
   RankAction action = RankAction::kEvict;
   Format recode_format = Format::kK4V2;  // kRecode
   uint8_t recent_percent = 0;            // protected: the newest, a share of the rule's budget
-  uint16_t recent = 0;                   // protected: the newest
+  uint16_t recent = 0;                   // protected: the newest; the smaller, where both are given
   uint16_t sinks = 0;                    // protected: the first of the sequence
   uint8_t classes = 0;                   // protected: tokens whose class has one of these bits
   Anchor anchor = Anchor::kRandom;       // kStrata
