@@ -4,6 +4,7 @@
 //   small   a short check, for compute-sanitizer; tiny: a shorter one
 //   rank    the shipped rank policies and 100 rules drawn by chance (THINKV_SEED)
 //   blocks  the same of policies that recode to blocks of tokens
+//   medoids the rules of `rank` that choose medoids, alone: short, for compute-sanitizer
 //   prompt  policies that are told the prompt's queries and token classes; each line as it is done
 //   coded   policies with entropy-coded streams, kvcomp as shipped and 40 drawn by chance
 //   tier    tailorkv and policies with a host tier drawn by chance: choice, copy and attention
@@ -125,6 +126,22 @@ class Judge {
   uint32_t failed_ = 0;
 };
 
+void judge_medoids(Judge& judge, testing::RankTally& tally) {
+  for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
+    for (const uint32_t dim : kHeadDims) {
+      judge(kind.name() + ", head_dim " + std::to_string(dim),
+            testing::run_rank_policy(testing::medoid_policy(kind, 64), dim, tally));
+    }
+  }
+}
+
+int check_medoids() {
+  Judge judge;
+  testing::RankTally tally;
+  judge_medoids(judge, tally);
+  return judge.exit_code();
+}
+
 int check_rank() {
   Judge judge;
   testing::RankTally tally;
@@ -139,11 +156,8 @@ int check_rank() {
     judge(std::string(name) + ", a long prompt",
           testing::run_long_prompt(*policy, cuda::kRankRowsMax + 200, 128));
   }
+  judge_medoids(judge, tally);
   for (const testing::MedoidKind& kind : testing::kMedoidKinds) {
-    for (const uint32_t dim : kHeadDims) {
-      judge(kind.name() + ", head_dim " + std::to_string(dim),
-            testing::run_rank_policy(testing::medoid_policy(kind, 64), dim, tally));
-    }
     judge(kind.name() + ", a long prompt",
           testing::run_long_prompt(testing::medoid_policy(kind, 900), cuda::kRankRowsMax + 200));
   }
@@ -293,6 +307,7 @@ int run(int argc, char** argv) {
   if (std::strcmp(mode, "small") == 0) return check(true, ~0u);
   if (std::strcmp(mode, "tiny") == 0) return check(true, 3);
   if (std::strcmp(mode, "rank") == 0) return check_rank();
+  if (std::strcmp(mode, "medoids") == 0) return check_medoids();
   if (std::strcmp(mode, "blocks") == 0) return check_blocks();
   if (std::strcmp(mode, "prompt") == 0) return check_prompt();
   if (std::strcmp(mode, "coded") == 0) return check_coded();
