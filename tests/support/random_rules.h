@@ -37,7 +37,6 @@ inline RankRule draw_rule(RuleDice dice) {
   r.select = static_cast<RankSelect>(below(6));
   r.action = static_cast<RankAction>(below(2));
   r.recent = static_cast<uint16_t>(below(20));
-  r.recent_percent = static_cast<uint8_t>(below(2) * below(60));
   r.sinks = static_cast<uint16_t>(below(6));
   r.classes = static_cast<uint8_t>(below(4));
   r.anchor = static_cast<Anchor>(below(5));
@@ -97,6 +96,10 @@ inline void draw_rules(PolicyParams& p, std::mt19937_64& random, bool blocks = f
     }
     if (blocks) draw_blocks(p, dice);
   } while (!policy_params_valid(p));
+  // Last, so that all else of a seed's rules is what it was without it.
+  for (uint32_t i = 0; i < p.rule_count; ++i) {
+    p.rules[i].recent_percent = static_cast<uint8_t>(dice.below(2) * dice.below(60));
+  }
 }
 
 }  // namespace thinkv::testing
